@@ -1,0 +1,54 @@
+"""What all tests share: checked shapes and types, the CPU as the platform, test data."""
+
+import functools
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import jaxtyping
+import pytest
+from jaxtyping import install_import_hook
+
+# Before anything imports yoso_jax: calls with a wrong shape, dtype or type fail.
+install_import_hook("yoso_jax", "beartype.beartype")
+
+# Compiling takes longer than Hypothesis' deadline, and a run should be repeatable.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # JAX reads this when it is first imported, which conftest.py must not do at its top.
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+@functools.cache
+def _default_backend() -> str:
+    import jax
+
+    return jax.default_backend()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and _default_backend() != "gpu":
+        pytest.skip(
+            "needs a GPU: JAX runs on the "
+            f"{_default_backend()} (install with EXTRAS=cuda13 and run pytest -m gpu)"
+        )
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of small data files beside the tests."""
+    return Path(__file__).parent / "data"
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """Calls reach the library's own validation, as they do outside the tests."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
