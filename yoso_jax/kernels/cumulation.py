@@ -1,0 +1,233 @@
+"""Bernoulli cumulation for given codes: validated, masked, differentiable."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from yoso_jax.kernels import dispatch
+from yoso_jax.kernels.dispatch import Implementation
+
+
+def lsh_cumulation(
+    query_codes: Int[Array, "*batch T m"],
+    key_codes: Int[Array, "*batch S m"],
+    value: Float[Array, "*batch S D"],
+    *,
+    hash_code_len: int,
+    query_mask: Bool[Array, "*batch T"] | None = None,
+    key_mask: Bool[Array, "*batch S"] | None = None,
+    implementation: Implementation = None,
+) -> Float[Array, "*batch T D"]:
+    """`B v`, where B is the fraction of the m hashes in which query and key collide.
+
+    The linear-time estimator of YOSO attention (paper, section 3.1 and algorithm 1). Codes are
+    constants to differentiation; the gradient of `value` is exact.
+
+    Args:
+      query_codes: integers in `[0, 2**hash_code_len)`, `[..., T, m]`.
+      key_codes: integers in `[0, 2**hash_code_len)`, `[..., S, m]`.
+      value: float32, bfloat16, float16 (or float64), `[..., S, D]`; sums are in float32.
+      hash_code_len: bits of a code, 1 to 16.
+      query_mask: True for the queries that attend; the rows of others are zero.
+      key_mask: True for the keys that are attended to.
+      implementation: "xla", a sequence of names to try, or None for the best that applies.
+
+    Returns:
+      `[..., T, D]` in the dtype of `value`.
+
+    Raises:
+      ValueError: shapes do not agree, codes are out of range (where their values are concrete),
+        hash_code_len or implementation is not one of the accepted values.
+      TypeError: codes are not integers, or value is not floating point.
+    """
+    names = _check(query_codes, key_codes, value, hash_code_len, implementation)
+    wide = _mask_rows(_widen(value), key_mask, "key_mask")
+    out = _cumulation(hash_code_len, names, query_codes, key_codes, wide)
+    return _mask_rows(out, query_mask, "query_mask").astype(value.dtype)
+
+
+def lsh_weighted_cumulation(
+    query_codes: Int[Array, "*batch T m"],
+    key_codes: Int[Array, "*batch S m"],
+    query_weight: Float[Array, "*batch T W"],
+    key_weight: Float[Array, "*batch S W"],
+    value: Float[Array, "*batch S D"],
+    *,
+    hash_code_len: int,
+    query_mask: Bool[Array, "*batch T"] | None = None,
+    key_mask: Bool[Array, "*batch S"] | None = None,
+    implementation: Implementation = None,
+) -> Float[Array, "*batch T D"]:
+    """`(B * (query_weight key_weight^T)) v`, with the collision fractions B of `lsh_cumulation`.
+
+    With the cotangent of the output as `query_weight`, the value as `key_weight` and the key as
+    `value` it estimates the gradient of the query, up to `hash_code_len / 2` (paper, section 3.3).
+    Exactly differentiable in `query_weight`, `key_weight` and `value`.
+
+    Args:
+      query_codes: integers in `[0, 2**hash_code_len)`, `[..., T, m]`.
+      key_codes: integers in `[0, 2**hash_code_len)`, `[..., S, m]`.
+      query_weight: `[..., T, W]`.
+      key_weight: `[..., S, W]`.
+      value: `[..., S, D]`.
+      hash_code_len: bits of a code, 1 to 16.
+      query_mask: True for the queries that attend; the rows of others are zero.
+      key_mask: True for the keys that are attended to.
+      implementation: "xla", a sequence of names to try, or None for the best that applies.
+
+    Returns:
+      `[..., T, D]` in the dtype of `value`.
+
+    Raises:
+      ValueError, TypeError: as `lsh_cumulation`.
+    """
+    names = _check(query_codes, key_codes, value, hash_code_len, implementation)
+    for name, weight, codes in (
+        ("query_weight", query_weight, query_codes),
+        ("key_weight", key_weight, key_codes),
+    ):
+        if not jnp.issubdtype(weight.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating point, got {weight.dtype}.")
+        if weight.shape != (*codes.shape[:-1], query_weight.shape[-1]):
+            raise ValueError(
+                f"{name} must have shape {(*codes.shape[:-1], query_weight.shape[-1])}, "
+                f"got {weight.shape}."
+            )
+    wide = _mask_rows(_widen(value), key_mask, "key_mask")
+    query_weight = _widen(query_weight).astype(wide.dtype)
+    key_weight = _mask_rows(_widen(key_weight).astype(wide.dtype), key_mask, "key_mask")
+    out = _weighted(hash_code_len, names, query_codes, key_codes, query_weight, key_weight, wide)
+    return _mask_rows(out, query_mask, "query_mask").astype(value.dtype)
+
+
+def _widen(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _mask_rows(x: Array, mask: Array | None, name: str) -> Array:
+    if mask is None:
+        return x
+    if mask.dtype != bool:
+        raise TypeError(f"{name} must be bool (True: attend), got {mask.dtype}.")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"{name} must have shape {x.shape[:-1]}, got {mask.shape}.")
+    return jnp.where(mask[..., None], x, 0)
+
+
+def _check(
+    query_codes: Array,
+    key_codes: Array,
+    value: Array,
+    hash_code_len: int,
+    implementation: Implementation,
+) -> tuple[str, ...]:
+    if not 1 <= hash_code_len <= 16:
+        raise ValueError(f"hash_code_len must be in 1..16, got {hash_code_len}.")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"value must be floating point, got {value.dtype}.")
+    for name, codes in (("query_codes", query_codes), ("key_codes", key_codes)):
+        if not jnp.issubdtype(codes.dtype, jnp.integer):
+            raise TypeError(f"{name} must be integers, got {codes.dtype}.")
+        if codes.ndim < 2 or codes.shape[-1] < 1:
+            raise ValueError(f"{name} must have shape [..., tokens, m], m >= 1, got {codes.shape}.")
+        if not isinstance(codes, jax.core.Tracer) and codes.size:
+            concrete = np.asarray(codes)
+            low, high = concrete.min(), concrete.max()
+            if low < 0 or high >= 2**hash_code_len:
+                raise ValueError(
+                    f"{name} must be in 0..{2**hash_code_len - 1} for hash_code_len="
+                    f"{hash_code_len}, got values from {low} to {high}."
+                )
+    if query_codes.shape[-1] != key_codes.shape[-1]:
+        raise ValueError(
+            f"query_codes and key_codes must have equally many hashes, "
+            f"got {query_codes.shape} and {key_codes.shape}."
+        )
+    if query_codes.shape[:-2] != key_codes.shape[:-2] or value.shape[:-1] != key_codes.shape[:-1]:
+        raise ValueError(
+            f"query_codes [..., T, m], key_codes [..., S, m] and value [..., S, D] must agree, "
+            f"got {query_codes.shape}, {key_codes.shape} and {value.shape}."
+        )
+    return dispatch.resolve(implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cumulation(
+    hash_code_len: int,
+    names: tuple[str, ...],
+    query_codes: Array,
+    key_codes: Array,
+    value: Array,
+) -> Array:
+    return dispatch.call(
+        "lsh_cumulation",
+        names,
+        query_codes,
+        key_codes,
+        value,
+        hash_code_len=hash_code_len,
+    )
+
+
+def _cumulation_fwd(hash_code_len: int, names: tuple[str, ...], *args: Array) -> tuple:
+    return _cumulation(hash_code_len, names, *args), args[:2]
+
+
+def _cumulation_bwd(
+    hash_code_len: int, names: tuple[str, ...], residuals: tuple, grad_out: Array
+) -> tuple:
+    query_codes, key_codes = residuals
+    return (
+        None,
+        None,
+        _cumulation(hash_code_len, names, key_codes, query_codes, grad_out),
+    )
+
+
+_cumulation.defvjp(_cumulation_fwd, _cumulation_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _weighted(
+    hash_code_len: int,
+    names: tuple[str, ...],
+    query_codes: Array,
+    key_codes: Array,
+    query_weight: Array,
+    key_weight: Array,
+    value: Array,
+) -> Array:
+    return dispatch.call(
+        "lsh_weighted_cumulation",
+        names,
+        query_codes,
+        key_codes,
+        query_weight,
+        key_weight,
+        value,
+        hash_code_len=hash_code_len,
+    )
+
+
+def _weighted_fwd(hash_code_len: int, names: tuple[str, ...], *args: Array) -> tuple:
+    return _weighted(hash_code_len, names, *args), args
+
+
+def _weighted_bwd(
+    hash_code_len: int, names: tuple[str, ...], residuals: tuple, grad_out: Array
+) -> tuple:
+    query_codes, key_codes, query_weight, key_weight, value = residuals
+    weighted = functools.partial(_weighted, hash_code_len, names)
+    return (
+        None,
+        None,
+        weighted(query_codes, key_codes, grad_out, value, key_weight),
+        weighted(key_codes, query_codes, value, grad_out, query_weight),
+        weighted(key_codes, query_codes, key_weight, query_weight, grad_out),
+    )
+
+
+_weighted.defvjp(_weighted_fwd, _weighted_bwd)
