@@ -1,0 +1,168 @@
+"""Batches of padded token sequences through Grain."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+Source = grain.sources.RandomAccessDataSource
+Batch = dict[str, np.ndarray]
+
+# Examples are small and already in memory or mapped: two threads hide the padding, and a short
+# queue keeps batches ready without holding hundreds of them.
+_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+
+
+def make_iterator(
+    source: Source,
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    shuffle: bool,
+    num_epochs: int | None = None,
+    drop_remainder: bool = True,
+    num_workers: int = 0,
+) -> grain.DatasetIterator[Batch]:
+    """Makes a resumable iterator of training batches.
+
+    A batch is `{"input_ids": int32 [B, T], "attention_mask": bool [B, T], "labels": int32 [B]}`
+    with T = `max_length`; ids are padded with 0, the mask is True on tokens. Batches depend on
+    `seed` alone, not on `num_workers`. Epochs follow each other without a gap: a batch may hold the
+    end of one and the start of the next.
+
+    The position is saved with `get_state` and `set_state`, or by Orbax with the iterator as a
+    checkpointable; it is exact, and holds for an iterator made with the same arguments.
+
+    Args:
+      source: random access to `{"input_ids": integer [length], "labels": integer}`.
+      batch_size: B, >= 1.
+      max_length: T, at least the length of every example. Nothing is ever truncated.
+      seed: >= 0; orders the examples when `shuffle` is set.
+      shuffle: draw each epoch in its own random order.
+      num_epochs: how often to go through `source`; None repeats it for ever.
+      drop_remainder: drop a last batch that is not full, so that all shapes are equal.
+      num_workers: processes that prepare batches; 0 prepares them in threads of this one.
+
+    Raises:
+      ValueError: an argument or an example is out of range; the message names it. An example of a
+        source without a `lengths` attribute is checked when it is drawn.
+    """
+    _check_source(source, max_length)
+    _check_integer("batch_size", batch_size, minimum=1)
+    _check_integer("seed", seed, minimum=0)
+    _check_integer("num_workers", num_workers, minimum=0)
+    if num_epochs is not None:
+        _check_integer("num_epochs", num_epochs, minimum=1)
+        num_examples = num_epochs * len(source)
+        if drop_remainder and num_examples < batch_size:
+            raise ValueError(
+                f"batch_size must be at most {num_examples}, the examples in num_epochs="
+                f"{num_epochs}, when drop_remainder is set; got {batch_size}"
+            )
+    dataset = grain.MapDataset.source(source)
+    if shuffle:
+        # Grain shuffles epoch e with seed + e; hashing the seed keeps seeds 0, 1, 2 from sharing
+        # each other's orders.
+        dataset = dataset.shuffle(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    if num_workers and not flags.FLAGS.is_parsed():
+        # Grain's workers read absl flags, which only an absl.app program parses.
+        flags.FLAGS.mark_as_parsed()
+    return iter(
+        dataset.repeat(num_epochs)
+        .map(_Pad(max_length))
+        .batch(batch_size, drop_remainder=drop_remainder)
+        .to_iter_dataset(_READ_OPTIONS)
+        .mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    )
+
+
+def eval_batches(source: Source, *, batch_size: int, max_length: int) -> grain.IterDataset[Batch]:
+    """Makes batches that hold every example exactly once, in order.
+
+    A batch is one of `make_iterator` with `"weight": float32 [B]`, 1 for an example. The last batch
+    is filled up to B with rows of weight 0, all padding, so that all shapes are equal.
+
+    Args:
+      source: as in `make_iterator`.
+      batch_size: B, >= 1.
+      max_length: T, at least the length of every example.
+
+    Returns:
+      An iterable of `ceil(len(source) / batch_size)` batches; it may be iterated repeatedly.
+
+    Raises:
+      ValueError: as in `make_iterator`.
+    """
+    _check_source(source, max_length)
+    _check_integer("batch_size", batch_size, minimum=1)
+    batch = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
+    return (
+        grain.MapDataset.source(source)
+        .map(_Pad(max_length, weight=True))
+        .batch(batch_size, batch_fn=batch)
+        .to_iter_dataset(_READ_OPTIONS)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pad(grain.transforms.Map):
+    max_length: int
+    weight: bool = False
+
+    def map(self, element: dict[str, Any]) -> dict[str, Any]:
+        input_ids = _check_example(element, self.max_length)
+        padded = np.zeros(self.max_length, np.int32)
+        padded[: input_ids.size] = input_ids
+        example = {
+            "input_ids": padded,
+            "attention_mask": np.arange(self.max_length) < input_ids.size,
+            "labels": np.int32(element["labels"]),
+        }
+        return example | {"weight": np.float32(1)} if self.weight else example
+
+
+def _check_integer(name: str, value: Any, *, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+
+
+def _check_source(source: Source, max_length: int) -> None:
+    """Finds what can be found before the first batch: the kind and the lengths of examples."""
+    _check_integer("max_length", max_length, minimum=1)
+    if len(source) == 0:
+        raise ValueError("source must hold at least one example, it is empty")
+    _check_example(source[0], max_length)
+    lengths = getattr(source, "lengths", None)
+    if lengths is not None:
+        _check_length(int(np.max(lengths)), max_length)
+
+
+def _check_example(element: Any, max_length: int) -> np.ndarray:
+    """Returns the ids of an example that can be padded to `max_length`."""
+    if not isinstance(element, dict) or not {"input_ids", "labels"} <= element.keys():
+        found = sorted(element) if isinstance(element, dict) else type(element).__name__
+        raise ValueError(f"source must give dicts with 'input_ids' and 'labels', got {found}")
+    input_ids, label = np.asarray(element["input_ids"]), np.asarray(element["labels"])
+    if input_ids.ndim != 1 or input_ids.dtype.kind not in "iu" or input_ids.size == 0:
+        raise ValueError(
+            "source's 'input_ids' must be integers of shape [length], length >= 1, got "
+            f"{input_ids.dtype} {list(input_ids.shape)}"
+        )
+    if label.ndim != 0 or label.dtype.kind not in "iu":
+        raise ValueError(
+            f"source's 'labels' must be one integer, got {label.dtype} {list(label.shape)}"
+        )
+    _check_length(input_ids.size, max_length)
+    return input_ids
+
+
+def _check_length(length: int, max_length: int) -> None:
+    if length > max_length:
+        raise ValueError(
+            f"max_length must be at least {length}, the length of an example in source, got "
+            f"{max_length}: examples are never truncated"
+        )
