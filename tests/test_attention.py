@@ -288,9 +288,10 @@ def test_normalisation_matches_the_vectors(data_dir):
 def test_the_key_determines_the_sample():
     *args, _ = inputs()
     first = yoso_attention(*args, rng=jax.random.key(1))
-    np.testing.assert_array_equal(first, yoso_attention(*args, rng=jax.random.key(1)))
-    np.testing.assert_array_equal(first, yoso_attention(*args, rng=jax.random.PRNGKey(1)))
-    assert np.any(first != yoso_attention(*args, rng=jax.random.key(2)))
+    # To rounding: a GPU adds the rows of a bucket in any order.
+    for same in (jax.random.key(1), jax.random.PRNGKey(1)):
+        np.testing.assert_allclose(yoso_attention(*args, rng=same), first, atol=1e-6)
+    assert np.abs(first - yoso_attention(*args, rng=jax.random.key(2))).max() > 0.01
 
 
 @pytest.mark.parametrize(

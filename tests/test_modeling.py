@@ -124,13 +124,17 @@ def test_dropout_and_hashes_follow_the_seed() -> None:
             run(model, IDS, MASK, seeds=seeds, deterministic=deterministic).last_hidden_state
         )
 
+    def same(a: np.ndarray, b: np.ndarray) -> bool:
+        # To rounding: a GPU adds the rows of a bucket in any order.
+        return np.allclose(a, b, atol=1e-5)
+
     first = evaluate(True, hash=1, dropout=1)
-    np.testing.assert_array_equal(evaluate(True, hash=1, dropout=2), first)
-    assert not np.array_equal(evaluate(True, hash=2, dropout=1), first)
+    assert same(evaluate(True, hash=1, dropout=2), first)
+    assert not same(evaluate(True, hash=2, dropout=1), first)
     dropped = evaluate(False, hash=1, dropout=1)
-    assert not np.array_equal(dropped, first)
-    np.testing.assert_array_equal(evaluate(False, hash=1, dropout=1), dropped)
-    assert not np.array_equal(evaluate(False, hash=1, dropout=2), dropped)
+    assert not same(dropped, first)
+    assert same(evaluate(False, hash=1, dropout=1), dropped)
+    assert not same(evaluate(False, hash=1, dropout=2), dropped)
 
 
 def test_each_layer_draws_its_own_hashes() -> None:
