@@ -88,10 +88,8 @@ def assert_all_close(
     for name, value in expected.items():
         got = np.asarray(actual[name], np.float64)
         scale = np.max(np.abs(value), initial=0)
-        if name.startswith("grad."):
-            limit = 2e-5 * scale + 1e-7
-        else:
-            limit = tolerance * max(1, scale)
+        is_gradient = name.startswith("grad.")
+        limit = 2e-5 * scale + 1e-7 if is_gradient else tolerance * max(1, scale)
         assert got.shape == value.shape, name
         assert np.max(np.abs(got - value)) <= limit, name
 

@@ -39,7 +39,7 @@ def sample_signs(
         size, num_hashes=num_hashes, hash_code_len=hash_code_len, bit_layout=bit_layout
     )
     shape = (*batch_shape, 3, parts, size)
-    return jax.random.rademacher(rng, math.prod(shape), "float32").reshape(shape)
+    return jax.random.rademacher(rng, (math.prod(shape),), "float32").reshape(shape)
 
 
 def sample_projection(
@@ -73,7 +73,7 @@ def sample_projection(
     if hash_fn == "gaussian":
         # Drawn flat: XLA needs seconds to compile a draw of four odd dimensions for a CPU.
         shape = (*batch_shape, head_dim, num_hashes * hash_code_len)
-        return jax.random.normal(rng, math.prod(shape)).reshape(shape)
+        return jax.random.normal(rng, (math.prod(shape),)).reshape(shape)
     signs = sample_signs(
         rng,
         batch_shape,

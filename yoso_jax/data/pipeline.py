@@ -1,6 +1,5 @@
 """Batches of padded token sequences through Grain."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -73,7 +72,7 @@ def make_iterator(
         flags.FLAGS.mark_as_parsed()
     return iter(
         dataset.repeat(num_epochs)
-        .map(_Pad(max_length))
+        .map(functools.partial(_pad, max_length=max_length))
         .batch(batch_size, drop_remainder=drop_remainder)
         .to_iter_dataset(_READ_OPTIONS)
         .mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
@@ -102,27 +101,22 @@ def eval_batches(source: Source, *, batch_size: int, max_length: int) -> grain.I
     batch = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
     return (
         grain.MapDataset.source(source)
-        .map(_Pad(max_length, weight=True))
+        .map(functools.partial(_pad, max_length=max_length, weight=True))
         .batch(batch_size, batch_fn=batch)
         .to_iter_dataset(_READ_OPTIONS)
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pad(grain.transforms.Map):
-    max_length: int
-    weight: bool = False
-
-    def map(self, element: dict[str, Any]) -> dict[str, Any]:
-        input_ids = _check_example(element, self.max_length)
-        padded = np.zeros(self.max_length, np.int32)
-        padded[: input_ids.size] = input_ids
-        example = {
-            "input_ids": padded,
-            "attention_mask": np.arange(self.max_length) < input_ids.size,
-            "labels": np.int32(element["labels"]),
-        }
-        return example | {"weight": np.float32(1)} if self.weight else example
+def _pad(element: dict[str, Any], max_length: int, weight: bool = False) -> dict[str, Any]:
+    input_ids = _check_example(element, max_length)
+    padded = np.zeros(max_length, np.int32)
+    padded[: input_ids.size] = input_ids
+    example = {
+        "input_ids": padded,
+        "attention_mask": np.arange(max_length) < input_ids.size,
+        "labels": np.int32(element["labels"]),
+    }
+    return example | {"weight": np.float32(1)} if weight else example
 
 
 def _check_integer(name: str, value: Any, *, minimum: int) -> None:
