@@ -294,6 +294,18 @@ def test_the_key_determines_the_sample():
     assert np.abs(first - yoso_attention(*args, rng=jax.random.key(2))).max() > 0.01
 
 
+def test_numpy_arrays_are_taken(unchecked_shapes):
+    *args, _ = map(np.asarray, inputs())
+    mask, lengths = np.ones((2, 19), bool), np.array([19, 7])
+    out = yoso_attention(*args, mask, num_hashes=None, key_value_seq_lengths=lengths)
+    expected = yoso_attention(
+        *map(jnp.asarray, (*args, mask)),
+        num_hashes=None,
+        key_value_seq_lengths=jnp.asarray(lengths),
+    )
+    np.testing.assert_array_equal(out, expected)
+
+
 @pytest.mark.parametrize(
     ("hash_fn", "bit_layout"), [("gaussian", "spread"), ("fast", "spread"), ("fast", "block")]
 )

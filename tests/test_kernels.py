@@ -151,6 +151,36 @@ def test_cumulation_matches_the_vectors(lsh_vectors, monkeypatch, masked, pairs)
 
 
 @pytest.mark.parametrize("pairs", [True, False])
+def test_sampled_gradients_match_the_vectors(lsh_vectors, monkeypatch, pairs):
+    if not pairs:
+        monkeypatch.setattr(xla, "_PAIRS_PER_TOKEN", 0)
+    v, tau = lsh_vectors, int(lsh_vectors["tau"])
+    codes = jnp.asarray(v["q_code"]), jnp.asarray(v["k_code"])
+    args = [jnp.asarray(v[name], jnp.float32) for name in ("q", "k", "v", "grad_out")]
+    grads = jax.jit(functools.partial(xla.sampled_backward, hash_code_len=tau))(*codes, *args)
+    weights = reference.collision_weights(*codes)
+    twins = reference.surrogate_gradients(weights, *args, hash_code_len=tau)
+    for grad, twin, name in zip(grads, twins, "qkv", strict=True):
+        assert relative_error(grad, v[f"ones/v1_grad_{name}"]) < 1e-5
+        assert relative_error(twin, v[f"ones/v1_grad_{name}"]) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["a", "c"])
+def test_expectation_gradients_match_the_vectors(data_dir, case):
+    vectors = load_file(data_dir / "ops" / "expectation.safetensors")
+    v = {n.removeprefix(f"{case}/"): a for n, a in vectors.items() if n.startswith(f"{case}/")}
+    tau = int(v["tau"])
+    args = [jnp.asarray(v[name], jnp.float32) for name in ("q", "k", "v", "grad_out")]
+    grads = xla.expectation_backward(*args, hash_code_len=tau)
+    weights = reference.expectation_weights(*args[:2], hash_code_len=tau)
+    twins = reference.surrogate_gradients(weights, *args, hash_code_len=tau)
+    for grad, twin, name in zip(grads, twins, "qkv", strict=True):
+        # Pairs of cosine exactly 1: float32 cosines lose half their digits there.
+        assert relative_error(grad, v[f"ones/hf_grad_{name}"]) < 2e-3
+        assert relative_error(twin, v[f"ones/hf_grad_{name}"]) < 2e-3
+
+
+@pytest.mark.parametrize("pairs", [True, False])
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (9, 600), (530, 3)])
 def test_weighted_cumulation_and_its_gradients_are_the_dense_twins(
     monkeypatch, pairs, num_queries, num_keys
@@ -217,6 +247,16 @@ def test_codes_do_not_depend_on_length_and_projections_differ_between_heads():
     same = jnp.broadcast_to(x[:1, :1], x.shape)
     codes = hash_codes(same, projection, hash_code_len=7)
     assert (codes[0, 0] == codes[1, 2]).mean() < 0.1
+
+
+def test_numpy_arrays_are_taken(unchecked_shapes, lsh_vectors):
+    v = lsh_vectors
+    masks = dict(query_mask=v["q_mask"] > 0, key_mask=v["k_mask"] > 0)
+    out = kernels.lsh_cumulation(
+        v["q_code"], v["k_code"], v["v"], hash_code_len=int(v["tau"]), **masks
+    )
+    assert out.dtype == jnp.float32  # without 64-bit types, as everywhere in JAX
+    assert relative_error(out, v["masked/lsh_cumulation"]) < 1e-5
 
 
 @pytest.mark.parametrize(

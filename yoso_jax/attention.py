@@ -74,6 +74,7 @@ def yoso_attention(
       ValueError: a shape, range or choice is not accepted, or `rng` is missing.
       TypeError: a dtype is not accepted.
     """
+    query, key, value = map(jnp.asarray, (query, key, value))
     _check_arrays(query, key, value)
     names = dispatch.resolve(implementation)
     _check_choices(num_hashes, hash_code_len, hash_fn, bit_layout, backward)
@@ -282,6 +283,10 @@ def _masks(
 ) -> tuple[Array | None, Array | None]:
     """Masks of the queries and of the keys, None where all take part."""
     batch, num_queries, num_keys = query.shape[0], query.shape[1], key.shape[1]
+    mask, query_mask, query_seq_lengths, key_value_seq_lengths = (
+        None if x is None else jnp.asarray(x)
+        for x in (mask, query_mask, query_seq_lengths, key_value_seq_lengths)
+    )
     if mask is not None and mask.ndim != 2:
         raise ValueError(
             f"mask must be [B, S] = {(batch, num_keys)}, True for keys to attend to, got shape "

@@ -101,6 +101,7 @@ def fast_hash(
     Raises:
       ValueError: an argument is out of range, or shapes do not agree.
     """
+    x, signs = jnp.asarray(x), jnp.asarray(signs)
     size = signs.shape[-1]
     if num_hashes < 1:
         raise ValueError(f"num_hashes must be at least 1, got {num_hashes}.")

@@ -43,6 +43,7 @@ def lsh_cumulation(
         hash_code_len or implementation is not one of the accepted values.
       TypeError: codes are not integers, or value is not floating point.
     """
+    query_codes, key_codes, value = map(jnp.asarray, (query_codes, key_codes, value))
     names = _check(query_codes, key_codes, value, hash_code_len, implementation)
     wide = _mask_rows(_widen(value), key_mask, "key_mask")
     out = _cumulation(hash_code_len, names, query_codes, key_codes, wide)
@@ -84,6 +85,8 @@ def lsh_weighted_cumulation(
     Raises:
       ValueError, TypeError: as `lsh_cumulation`.
     """
+    query_codes, key_codes, value = map(jnp.asarray, (query_codes, key_codes, value))
+    query_weight, key_weight = map(jnp.asarray, (query_weight, key_weight))
     names = _check(query_codes, key_codes, value, hash_code_len, implementation)
     for name, weight, codes in (
         ("query_weight", query_weight, query_codes),
@@ -110,6 +113,7 @@ def _widen(x: Array) -> Array:
 def _mask_rows(x: Array, mask: Array | None, name: str) -> Array:
     if mask is None:
         return x
+    mask = jnp.asarray(mask)
     if mask.dtype != bool:
         raise TypeError(f"{name} must be bool (True: attend), got {mask.dtype}.")
     if mask.shape != x.shape[:-1]:
