@@ -28,13 +28,17 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         raise ConfigError(f"usage: {USAGE}\n(train.py CONFIG.yaml --help lists the fields)")
     path, options = sys.argv[1], sys.argv[2:]
-    arguments = tyro.cli(
-        Arguments,
-        args=options,
-        default=Arguments(load_config(path)),
-        prog=f"train.py {path}",
-        description=f"Trains a model as {path} says. {cli.EXIT_CODES}",
-    )
+    default = Arguments(load_config(path))
+    try:
+        arguments = tyro.cli(
+            Arguments,
+            args=options,
+            default=default,
+            prog=f"train.py {path}",
+            description=f"Trains a model as {path} says. {cli.EXIT_CODES}",
+        )
+    except ValueError as error:  # tyro reports those of the nested sections only
+        raise ConfigError(str(error)) from error
     train(arguments.config, resume=arguments.resume)
 
 

@@ -97,3 +97,21 @@ def test_question_answering_clamps_and_ignores_positions() -> None:
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     outside = jnp.full(4, 3)
     assert question_answering_loss(start, end, outside, outside) == 0
+
+
+def test_narrow_integers_do_not_wrap() -> None:
+    """In uint8, -100 would be 156, and a position of 300 tokens would not exist."""
+    logits = jnp.linspace(0, 5, 600).reshape(2, 300)
+    narrow = jnp.array([156, 44], jnp.uint8)
+    wide = narrow.astype(jnp.int32)
+    np.testing.assert_allclose(cross_entropy(logits, narrow), cross_entropy(logits, wide))
+    np.testing.assert_allclose(
+        question_answering_loss(logits, logits, narrow, narrow),
+        question_answering_loss(logits, logits, wide, wide),
+    )
+
+
+def test_labels_may_be_a_column() -> None:
+    logits, labels = jnp.eye(3), jnp.array([0, 2, -100])
+    expected = sequence_classification_loss(logits, labels)
+    np.testing.assert_allclose(sequence_classification_loss(logits, labels[:, None]), expected)

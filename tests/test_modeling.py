@@ -236,6 +236,31 @@ def test_dtypes() -> None:
     assert run(halved, IDS, MASK).logits.dtype == jnp.bfloat16
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_ids_of_any_integer_type_and_lists() -> None:
+    """A pad id beyond uint8 must not make its remainder a padding id."""
+    config = SHALLOW.replace(vocab_size=300, pad_token_id=257)
+    ids = np.array([[1, 5, 1]], np.uint8)
+
+    def gradient(ids: np.ndarray) -> Any:
+        def loss(model: Any) -> jax.Array:
+            return jnp.sum(model(ids).last_hidden_state[..., 0])
+
+        return jax.jit(jax.grad(loss))(make(config=config)).embeddings.word_embeddings.embedding
+
+    assert np.any(gradient(ids)[...][1])
+    np.testing.assert_allclose(gradient(ids)[...], gradient(ids.astype(np.int64))[...], atol=1e-6)
+    model = make(YosoForQuestionAnswering, config)
+    positions = {"start_positions": np.array([[1]]), "end_positions": np.array([[2]])}
+    listed = model(ids.tolist(), position_ids=[[2, 3, 4]], **positions)
+    expected = model(ids, start_positions=np.array([1]), end_positions=np.array([2]))
+    np.testing.assert_allclose(listed.loss, expected.loss, rtol=1e-6)
+    with pytest.raises(ValueError, match="input_ids must fit in 32 bits"):
+        model(ids.astype(np.int64) + 2**32)
+    with pytest.raises(ValueError, match=r"needs random keys: pass rngs=nnx\.Rngs"):
+        make(config=SAMPLED)(IDS, rngs=jax.random.key(0))
+
+
 def test_models_hold_no_random_state() -> None:
     model = make(YosoForSequenceClassification, SAMPLED)
     leaves = nnx.to_flat_state(nnx.state(model))

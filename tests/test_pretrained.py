@@ -297,6 +297,22 @@ def test_a_failed_save_leaves_the_folder_as_it_was(
     assert folder.exists() == exists
 
 
+def test_what_a_killed_save_left_does_not_stop_the_next(tmp_path: Path) -> None:
+    model = YosoModel(YosoConfig.from_pretrained(DATA / "base_h32_d8_gelu"), rngs=nnx.Rngs(0))
+    (tmp_path / f".model.saving-{os.getpid()}").mkdir()
+    model.save_pretrained(tmp_path / "model")
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
+
+
+def test_integer_weights_are_refused(edit: Callable[..., Path]) -> None:
+    folder = edit(MASKED_LM, lambda tensors: tensors.update({BIAS: tensors[BIAS].astype("int32")}))
+    with pytest.raises(ValueError, match=r"not floating point: cls\.predictions\.bias int32"):
+        YosoForMaskedLM.from_pretrained(folder)
+
+
 def test_save_refuses(tmp_path: Path) -> None:
     model = YosoModel.from_pretrained(DATA / "base_h32_d8_gelu")
     (tmp_path / "file").touch()

@@ -195,6 +195,25 @@ def test_options_override_the_file(trained: TrainConfig, config_file: Path) -> N
     assert Path(trained.run_dir).name == "trained"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-size", "0"], "batch_size must be >= 1, got 0"),
+        (["--optimizer.warmup-steps", "99"], "optimizer.warmup_steps must be at most steps (10)"),
+        (["--model.vocab-size", "4"], "model.vocab_size must be at least 16"),
+    ],
+    ids=str,
+)
+def test_bad_option_is_one_message(
+    config_file: Path, run: Run, options: list[str], message: str
+) -> None:
+    code, out, err = run("train.py", config_file, *options)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
 def test_evaluate_prints_accuracy_beside_the_baseline(trained: TrainConfig, run: Run) -> None:
     results = json.loads((Path(trained.run_dir) / "results.json").read_text())
     code, out, err = run("evaluate.py", trained.run_dir)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from yoso_jax.hashing import HashFn, sample_projection
 from yoso_jax.kernels import dispatch
+from yoso_jax.kernels.checks import check_integer
 from yoso_jax.kernels.codes import BitLayout
 from yoso_jax.kernels.dispatch import Implementation
 
@@ -260,10 +261,9 @@ def _check_choices(
     bit_layout: BitLayout,
     backward: Backward,
 ) -> None:
-    if num_hashes is not None and num_hashes < 1:
-        raise ValueError(f"num_hashes must be at least 1, or None, got {num_hashes}.")
-    if not 1 <= hash_code_len <= 16:
-        raise ValueError(f"hash_code_len must be in 1..16, got {hash_code_len}.")
+    if num_hashes is not None:
+        check_integer("num_hashes, unless it is None,", num_hashes, 1)
+    check_integer("hash_code_len", hash_code_len, 1, 16)
     for name, choice, accepted in (
         ("hash_fn", hash_fn, ("gaussian", "fast")),
         ("bit_layout", bit_layout, ("spread", "block")),

@@ -6,6 +6,8 @@ transformers, and reads and writes its `config.json`.
 
 import dataclasses
 import json
+import math
+import numbers
 import operator
 import os
 import warnings
@@ -13,9 +15,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from flax.core import FrozenDict
 
 from yoso_jax.activations import ACTIVATIONS
+from yoso_jax.kernels.dispatch import implementations
 
 CONFIG_FILE = "config.json"
 
@@ -102,8 +106,7 @@ class EncoderConfig:
             self._check_bool(name)
         self._check_choice("hidden_act", ACTIVATIONS)
         self._check_choice("bit_layout", ("spread", "block"))
-        if not isinstance(self.attention_implementation, str | None):
-            self._fail("attention_implementation", "a string or None")
+        self._check_choice("attention_implementation", (None, *implementations()))
         if self.hidden_size % self.num_attention_heads:
             self._fail(
                 "hidden_size",
@@ -147,8 +150,9 @@ class EncoderConfig:
 
     def _check_number(self, name: str, accepted: str, is_accepted: Any) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not is_accepted(value):
-            self._fail(name, f"a number {accepted}")
+        is_number = isinstance(value, numbers.Real | np.floating) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or not is_accepted(value):
+            self._fail(name, f"a finite number {accepted}")
         self._set(name, float(value))
 
     def _check_bool(self, name: str) -> None:
@@ -156,7 +160,8 @@ class EncoderConfig:
             self._fail(name, "True or False")
 
     def _check_choice(self, name: str, choices: Collection[str | None]) -> None:
-        if getattr(self, name) not in choices:
+        # A tuple: unlike a mapping it can be asked for what has no hash.
+        if getattr(self, name) not in tuple(choices):
             self._fail(name, "one of " + ", ".join(map(repr, choices)))
 
 
@@ -209,8 +214,21 @@ class YosoConfig(EncoderConfig):
         )
         for name in ("add_cross_attention", "tie_word_embeddings"):
             self._check_bool(name)
+        if not isinstance(self.extra, Mapping):
+            self._fail("extra", "a mapping of config.json's other entries")
         for name in ("eos_token_id", "architectures", "extra"):
             self._set(name, _freeze(getattr(self, name)))
+        self._check_integer("bos_token_id", minimum=0, optional=True)
+        if isinstance(self.eos_token_id, tuple):
+            if not all(_is_integer(token) for token in self.eos_token_id):
+                self._fail("eos_token_id", "an integer, integers or None")
+        else:
+            self._check_integer("eos_token_id", minimum=0, optional=True)
+        names = self.architectures
+        if names is not None and not (
+            isinstance(names, tuple) and all(isinstance(name, str) for name in names)
+        ):
+            self._fail("architectures", "names of architectures or None")
         self._set_labels()
         self._check_choice(
             "problem_type",
@@ -236,8 +254,8 @@ class YosoConfig(EncoderConfig):
             id2label = self.id2label
             if not isinstance(id2label, Mapping) or set(id2label) != set(range(len(id2label))):
                 self._fail("id2label", "a mapping of 0, 1, 2, ... to names")
-            if not id2label:
-                self._fail("id2label", "a mapping with at least one entry")
+            if not id2label or not all(isinstance(name, str) for name in id2label.values()):
+                self._fail("id2label", "a mapping with at least one entry, of names")
             if self.num_labels not in (None, len(id2label)):
                 self._fail("num_labels", f"None or the {len(id2label)} of id2label")
         self._set("num_labels", len(id2label))
@@ -245,7 +263,7 @@ class YosoConfig(EncoderConfig):
         label2id = self.label2id
         if label2id is None:
             label2id = {name: index for index, name in id2label.items()}
-        elif not isinstance(label2id, Mapping):
+        elif not isinstance(label2id, Mapping) or not all(map(_is_integer, label2id.values())):
             self._fail("label2id", "a mapping of names to classes")
         self._set("label2id", FrozenDict(label2id))
 
@@ -273,7 +291,7 @@ class YosoConfig(EncoderConfig):
         model_type = values.pop("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(f"model_type must be {cls.model_type!r}, got {model_type!r}")
-        if values.get("id2label") is not None and "num_labels" in values:
+        if isinstance(values.get("id2label"), Mapping) and "num_labels" in values:
             size = values.pop("num_labels")
             if size != len(values["id2label"]):
                 warnings.warn(
@@ -365,6 +383,10 @@ _WRITTEN_IF_CHANGED = frozenset(
         "label2id",
     }
 )
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _default_labels(size: int) -> dict[int, str]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jaxtyping import Bool, Float, Int, Real
+from jaxtyping import Bool, Float, Integer, Real
 
 from yoso_jax.config import ProblemType
 
@@ -18,7 +18,7 @@ IGNORED = -100
 
 def cross_entropy(
     logits: Float[Array, "*batch classes"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     *,
     where: Bool[Array, "*batch"] | None = None,
     ignored: int = IGNORED,
@@ -37,6 +37,7 @@ def cross_entropy(
     Raises:
         ValueError: a label that counts is out of range; unnoticed under jit, where it gives NaN.
     """
+    labels = labels.astype(jnp.int32)  # narrower ones would wrap at -100
     counted = labels != ignored
     if where is not None:
         counted &= where
@@ -49,15 +50,15 @@ def cross_entropy(
 
 def sequence_classification_loss(
     logits: Float[Array, "batch classes"],
-    labels: Real[Array, "batch"] | Real[Array, "batch classes"],
+    labels: Real[Array, "batch"] | Real[Array, "batch columns"],
     problem_type: ProblemType | None = None,
 ) -> Float[Array, ""]:
     """Loss of a whole sequence's labels.
 
     Args:
         logits: the head's output.
-        labels: for single_label_classification classes [batch], -100 where ignored; for regression
-            numbers [batch, classes], or [batch] if there is one class; for
+        labels: for single_label_classification classes [batch] or [batch, 1], -100 where ignored;
+            for regression numbers [batch, classes], or [batch] if there is one class; for
             multi_label_classification 0..1 [batch, classes].
         problem_type: None infers it: one class is regression (mean squared error), integer labels
             are single_label_classification (cross entropy), others multi_label_classification
@@ -79,6 +80,8 @@ def sequence_classification_loss(
         else:
             problem_type = "multi_label_classification"
     if problem_type == "single_label_classification":
+        if labels.ndim == 2 and labels.shape[1] == 1:
+            labels = labels[:, 0]
         if not is_integer or labels.ndim != 1:
             raise ValueError(
                 f"labels must be integers [batch] for {problem_type}, "
@@ -101,8 +104,8 @@ def sequence_classification_loss(
 def question_answering_loss(
     start_logits: Float[Array, "batch tokens"],
     end_logits: Float[Array, "batch tokens"],
-    start_positions: Int[Array, "batch"],
-    end_positions: Int[Array, "batch"],
+    start_positions: Integer[Array, "batch"],
+    end_positions: Integer[Array, "batch"],
 ) -> Float[Array, ""]:
     """Mean of the cross entropies of an answer's first and last token.
 
@@ -114,6 +117,7 @@ def question_answering_loss(
     tokens = start_logits.shape[-1]
 
     def one_end(logits: Array, positions: Array) -> Array:
+        positions = positions.astype(jnp.int32)  # narrower ones would wrap at `tokens`
         return cross_entropy(logits, jnp.clip(positions, 0, tokens), ignored=tokens)
 
     return (one_end(start_logits, start_positions) + one_end(end_logits, end_positions)) / 2

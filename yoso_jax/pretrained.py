@@ -4,11 +4,13 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
@@ -94,9 +96,9 @@ def save(
     is_new = not folder.exists()
     parent = folder.parent if is_new else folder
     parent.mkdir(parents=True, exist_ok=True)
-    staging = parent / f".{folder.name}.saving-{os.getpid()}"
-    staging.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.saving-", dir=parent) as scratch:
+        staging = Path(scratch) / folder.name
+        staging.mkdir()
         _write_tensors(staging, tensors, shard_bytes)
         config.save_pretrained(staging)
         for path in staging.iterdir():
@@ -106,8 +108,6 @@ def save(
             staging.rename(folder)
         else:
             _replace_files(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _canonical(key: str) -> str:
@@ -165,12 +165,18 @@ def _refuse_mismatches(
         for key in sorted(shapes.keys() & tensors.keys())
         if tensors[key].shape != shapes[key]
     ]
+    not_floats = [
+        f"{key} {tensors[key].dtype}"
+        for key in sorted(shapes.keys() & tensors.keys())
+        if not jnp.issubdtype(tensors[key].dtype, jnp.floating)
+    ]
     problems = [
         f"{name}: {', '.join(keys)}"
         for name, keys in (
             ("missing", missing),
             ("unexpected", unexpected),
             ("of a wrong shape", misshapen),
+            ("not floating point", not_floats),
         )
         if keys
     ]

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from yoso_jax.kernels import blocked
+from yoso_jax.kernels.checks import check_integer
 
 type BitLayout = Literal["spread", "block"]
 
@@ -103,10 +104,8 @@ def fast_hash(
     """
     x, signs = jnp.asarray(x), jnp.asarray(signs)
     size = signs.shape[-1]
-    if num_hashes < 1:
-        raise ValueError(f"num_hashes must be at least 1, got {num_hashes}.")
-    if not 1 <= hash_code_len <= 16:
-        raise ValueError(f"hash_code_len must be in 1..16, got {hash_code_len}.")
+    check_integer("num_hashes", num_hashes, 1)
+    check_integer("hash_code_len", hash_code_len, 1, 16)
     if bit_layout not in ("spread", "block"):
         raise ValueError(f"bit_layout must be 'spread' or 'block', got {bit_layout!r}.")
     if size & (size - 1) or size < hash_code_len:

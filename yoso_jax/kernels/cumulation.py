@@ -5,15 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from yoso_jax.kernels import dispatch
+from yoso_jax.kernels.checks import check_integer
 from yoso_jax.kernels.dispatch import Implementation
 
 
 def lsh_cumulation(
-    query_codes: Int[Array, "*batch T m"],
-    key_codes: Int[Array, "*batch S m"],
+    query_codes: Integer[Array, "*batch T m"],
+    key_codes: Integer[Array, "*batch S m"],
     value: Float[Array, "*batch S D"],
     *,
     hash_code_len: int,
@@ -45,14 +46,16 @@ def lsh_cumulation(
     """
     query_codes, key_codes, value = map(jnp.asarray, (query_codes, key_codes, value))
     names = _check(query_codes, key_codes, value, hash_code_len, implementation)
+    # Narrower integers could not index the tables of all batch rows.
+    query_codes, key_codes = query_codes.astype(jnp.int32), key_codes.astype(jnp.int32)
     wide = _mask_rows(_widen(value), key_mask, "key_mask")
     out = _cumulation(hash_code_len, names, query_codes, key_codes, wide)
     return _mask_rows(out, query_mask, "query_mask").astype(value.dtype)
 
 
 def lsh_weighted_cumulation(
-    query_codes: Int[Array, "*batch T m"],
-    key_codes: Int[Array, "*batch S m"],
+    query_codes: Integer[Array, "*batch T m"],
+    key_codes: Integer[Array, "*batch S m"],
     query_weight: Float[Array, "*batch T W"],
     key_weight: Float[Array, "*batch S W"],
     value: Float[Array, "*batch S D"],
@@ -88,6 +91,8 @@ def lsh_weighted_cumulation(
     query_codes, key_codes, value = map(jnp.asarray, (query_codes, key_codes, value))
     query_weight, key_weight = map(jnp.asarray, (query_weight, key_weight))
     names = _check(query_codes, key_codes, value, hash_code_len, implementation)
+    # Narrower integers could not index the tables of all batch rows.
+    query_codes, key_codes = query_codes.astype(jnp.int32), key_codes.astype(jnp.int32)
     for name, weight, codes in (
         ("query_weight", query_weight, query_codes),
         ("key_weight", key_weight, key_codes),
@@ -128,8 +133,7 @@ def _check(
     hash_code_len: int,
     implementation: Implementation,
 ) -> tuple[str, ...]:
-    if not 1 <= hash_code_len <= 16:
-        raise ValueError(f"hash_code_len must be in 1..16, got {hash_code_len}.")
+    check_integer("hash_code_len", hash_code_len, 1, 16)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"value must be floating point, got {value.dtype}.")
     for name, codes in (("query_codes", query_codes), ("key_codes", key_codes)):

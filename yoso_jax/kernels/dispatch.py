@@ -15,6 +15,11 @@ type Implementation = str | Sequence[str] | None
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"xla": xla}
 
 
+def implementations() -> tuple[str, ...]:
+    """The names of all implementations, the preferred ones first."""
+    return tuple(_IMPLEMENTATIONS)
+
+
 def resolve(implementation: Implementation) -> tuple[str, ...]:
     """The names to try, in order: all that exist for None.
 
@@ -22,7 +27,7 @@ def resolve(implementation: Implementation) -> tuple[str, ...]:
       ValueError: a name that does not exist, or no name at all.
     """
     if implementation is None:
-        return tuple(_IMPLEMENTATIONS)
+        return implementations()
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     unknown = [name for name in names if name not in _IMPLEMENTATIONS]
     if unknown or not names:

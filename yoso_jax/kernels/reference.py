@@ -5,7 +5,7 @@ gradients of YOSO are estimators with definitions of their own, given below as f
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 
 def expectation_weights(
@@ -20,15 +20,15 @@ def expectation_weights(
 
 
 def collision_weights(
-    query_codes: Int[Array, "*batch T m"], key_codes: Int[Array, "*batch S m"]
+    query_codes: Integer[Array, "*batch T m"], key_codes: Integer[Array, "*batch S m"]
 ) -> Float[Array, "*batch T S"]:
     """Fraction of the m hashes in which the codes of a query and of a key agree."""
     return (query_codes[..., :, None, :] == key_codes[..., None, :, :]).mean(-1)
 
 
 def lsh_cumulation(
-    query_codes: Int[Array, "*batch T m"],
-    key_codes: Int[Array, "*batch S m"],
+    query_codes: Integer[Array, "*batch T m"],
+    key_codes: Integer[Array, "*batch S m"],
     value: Float[Array, "*batch S D"],
 ) -> Float[Array, "*batch T D"]:
     """`B v` with the collision fractions B."""
@@ -37,8 +37,8 @@ def lsh_cumulation(
 
 
 def lsh_weighted_cumulation(
-    query_codes: Int[Array, "*batch T m"],
-    key_codes: Int[Array, "*batch S m"],
+    query_codes: Integer[Array, "*batch T m"],
+    key_codes: Integer[Array, "*batch S m"],
     query_weight: Float[Array, "*batch T W"],
     key_weight: Float[Array, "*batch S W"],
     value: Float[Array, "*batch S D"],

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, cast
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jaxtyping import Float
@@ -174,7 +175,11 @@ class YosoForMultipleChoice(_LabelledModel):
     def _forward(
         self, *, deterministic: bool, rngs: nnx.Rngs | None, **arguments: Any
     ) -> LogitsOutput:
-        arrays = {name: value for name, value in arguments.items() if not isinstance(value, bool)}
+        arrays = {
+            name: value if value is None or isinstance(value, Array) else np.asarray(value)
+            for name, value in arguments.items()
+            if not isinstance(value, bool)
+        }
         choices = _leading_axes(arrays)
         flat = {
             name: None if value is None else value.reshape(-1, *value.shape[2:])
@@ -239,7 +244,7 @@ class YosoForQuestionAnswering(_HeadModel):
             token_type_ids: as `YosoModel`.
             position_ids: as `YosoModel`.
             inputs_embeds: as `YosoModel`.
-            start_positions: integers [B], clamped to [0, T]; T or more is ignored.
+            start_positions: integers [B] or [B, 1], clamped to [0, T]; T or more is ignored.
             end_positions: likewise.
             output_hidden_states: as `YosoModel`.
             output_attentions: as `YosoModel`.
@@ -270,8 +275,8 @@ class YosoForQuestionAnswering(_HeadModel):
             loss = question_answering_loss(
                 start_logits,
                 end_logits,
-                check_integers("start_positions", start_positions, batch),
-                check_integers("end_positions", end_positions, batch),
+                check_integers("start_positions", _flat(start_positions), batch),
+                check_integers("end_positions", _flat(end_positions), batch),
             )
         elif start_positions is not None or end_positions is not None:
             raise ValueError("start_positions and end_positions must be given together")
@@ -286,6 +291,12 @@ class YosoForQuestionAnswering(_HeadModel):
 
 def _num_labels(config: YosoConfig) -> int:
     return cast(int, config.num_labels)  # set when the configuration was built
+
+
+def _flat(positions: ArrayInput) -> ArrayInput:
+    """`[B, 1]`, as transformers also takes them, to `[B]`."""
+    is_column = np.ndim(positions) == 2 and np.shape(positions)[1] == 1
+    return positions[:, 0] if is_column else positions
 
 
 def _leading_axes(arrays: dict[str, ArrayInput | None]) -> tuple[int, ...]:

@@ -20,22 +20,30 @@ def require_rank(name: str, array: ArrayInput, accepted: str) -> tuple[int, ...]
     Raises:
         ValueError: it has more or fewer.
     """
-    shape = jnp.shape(array)
+    shape = np.shape(array)
     if len(shape) != accepted.count(",") + 1:
         raise ValueError(f"{name} must be {accepted}, got shape {shape}")
     return shape
 
 
 def check_integers(name: str, values: ArrayInput, shape: tuple[int, ...]) -> Int[Array, "..."]:
-    """Returns an array as a JAX array after checking its type and shape.
+    """Returns an array as int32 after checking its type and shape.
+
+    Narrower integers would wrap when compared with -100 or added to.
 
     Raises:
-        ValueError: it does not hold integers, or has another shape.
+        ValueError: it does not hold integers (outside jit: that fit in 32 bits), or has another
+            shape.
     """
-    values = jnp.asarray(values)
+    if not isinstance(values, jax.core.Tracer):
+        values = np.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.integer) or values.shape != shape:
         raise ValueError(f"{name} must be integers {shape}, got {values.dtype} {values.shape}")
-    return values
+    if isinstance(values, np.ndarray) and values.size:
+        low, high = values.min(), values.max()
+        if low < -(2**31) or high >= 2**31:
+            raise ValueError(f"{name} must fit in 32 bits, got {low}..{high}")
+    return jnp.asarray(values, jnp.int32)
 
 
 def check_ids(name: str, ids: ArrayInput, shape: tuple[int, ...], size: int) -> Int[Array, "..."]:
@@ -96,6 +104,6 @@ def draw_key(rngs: nnx.Rngs | None, stream: str, reason: str) -> PRNGKeyArray:
     Raises:
         ValueError: `rngs` is missing or lacks the stream (and has no default one).
     """
-    if rngs is None or not {stream, "default"} & set(rngs):
+    if not isinstance(rngs, nnx.Rngs) or not {stream, "default"} & set(rngs):
         raise ValueError(f"{reason} needs random keys: pass rngs=nnx.Rngs({stream}=seed_or_key)")
     return rngs[stream]()

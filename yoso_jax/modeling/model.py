@@ -1,6 +1,7 @@
 """The YOSO encoder with its embeddings."""
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float, Int, PRNGKeyArray
@@ -113,7 +114,7 @@ class YosoModel(PretrainedModel):
         if position_ids is None:
             position_ids = jnp.arange(POSITION_OFFSET, tokens + POSITION_OFFSET)[None]
         else:
-            rows = 1 if position_ids.shape == (1, tokens) else batch
+            rows = 1 if np.shape(position_ids) == (1, tokens) else batch
             size = config.max_position_embeddings + POSITION_OFFSET
             position_ids = check_ids("position_ids", position_ids, (rows, tokens), size)
         dropout_key = draw_dropout_key(config, deterministic, rngs)
