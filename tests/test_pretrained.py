@@ -297,6 +297,31 @@ def test_a_failed_save_leaves_the_folder_as_it_was(
     assert folder.exists() == exists
 
 
+def test_a_pytorch_file_of_2022_is_read_without_pytorch(tmp_path: Path) -> None:
+    """With position buffers and a stored, equal decoder; whole, then as shards."""
+    source = DATA.parent / "bin_old" / "mlm_zip"
+    case = load_file(source / "case.safetensors")
+    inputs = [jnp.asarray(case[f"full/in/{name}"]) for name in ("input_ids", "token_type_ids")]
+
+    def check(folder: Path) -> None:
+        model = YosoForMaskedLM.from_pretrained(folder)
+        logits = jax.jit(lambda model, ids, types: model(ids, None, types).logits)(model, *inputs)
+        expected = case["full/out/logits"]
+        assert np.abs(logits - expected).max() < 1e-5 * max(1, np.abs(expected).max())
+
+    check(source)
+    shards = tmp_path / "shards"
+    shutil.copytree(source, shards)
+    (shards / "pytorch_model.bin").rename(shards / "pytorch_model-00001-of-00001.bin")
+    index = {"weight_map": {WORDS: "pytorch_model-00001-of-00001.bin"}}
+    (shards / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    check(shards)
+    index = {"weight_map": {WORDS: "../shards/pytorch_model-00001-of-00001.bin"}}
+    (shards / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names files outside its folder"):
+        YosoForMaskedLM.from_pretrained(shards)
+
+
 def test_what_a_killed_save_left_does_not_stop_the_next(tmp_path: Path) -> None:
     model = YosoModel(YosoConfig.from_pretrained(DATA / "base_h32_d8_gelu"), rngs=nnx.Rngs(0))
     (tmp_path / f".model.saving-{os.getpid()}").mkdir()
@@ -329,7 +354,7 @@ def test_load_refuses_damaged_folders(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=re.escape("config.json")):
         YosoModel.from_pretrained(tmp_path)
     shutil.copyfile(source / "config.json", tmp_path / "config.json")
-    with pytest.raises(FileNotFoundError, match=re.escape("neither model.safetensors nor")):
+    with pytest.raises(FileNotFoundError, match=re.escape("holds none of model.safetensors")):
         YosoModel.from_pretrained(tmp_path)
 
     index = tmp_path / "model.safetensors.index.json"

@@ -19,9 +19,12 @@ from safetensors.numpy import load_file, save_file
 
 from yoso_jax.config import CONFIG_FILE, YosoConfig
 from yoso_jax.conversion import from_hf_state_dict, hf_shapes, to_hf_state_dict
+from yoso_jax.torch_files import read_torch_tensors
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TORCH_FILE = "pytorch_model.bin"
+TORCH_INDEX_FILE = "pytorch_model.bin.index.json"
 
 _HEADS = ("cls", "classifier", "pre_classifier", "qa_outputs")
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
@@ -185,16 +188,20 @@ def _refuse_mismatches(
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    if (folder / WEIGHTS_FILE).exists():
-        return _read_file(folder / WEIGHTS_FILE)
-    index = folder / INDEX_FILE
-    if not index.exists():
-        raise FileNotFoundError(f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+    names = (WEIGHTS_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX_FILE)
+    present = [name for name in names if (folder / name).exists()]
+    if not present:
+        raise FileNotFoundError(f"{folder} holds none of {', '.join(names)}")
+    if present[0] in (WEIGHTS_FILE, TORCH_FILE):
+        return _read_file(folder / present[0])
+    index = folder / present[0]
     try:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is not a JSON index with a weight_map: {error!r}") from error
-    files = sorted(set(weight_map.values()))
+    files = sorted(set(map(str, weight_map.values())))
+    if outside := [file for file in files if Path(file).name != file]:
+        raise ValueError(f"{index} names files outside its folder: {', '.join(outside)}")
     if absent := [file for file in files if not (folder / file).exists()]:
         raise FileNotFoundError(f"{folder} lacks the shards {', '.join(absent)}")
     tensors = {key: value for file in files for key, value in _read_file(folder / file).items()}
@@ -204,6 +211,8 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _read_file(path: Path) -> dict[str, np.ndarray]:
+    if path.suffix == ".bin":
+        return read_torch_tensors(path)
     try:
         return load_file(path)
     except SafetensorError as error:

@@ -49,8 +49,8 @@ class PretrainedModel(nnx.Module):
         """Loads a model from a folder in Hugging Face's layout.
 
         Args:
-            folder: holds config.json and model.safetensors, or shards with
-                model.safetensors.index.json.
+            folder: holds config.json and model.safetensors, or pytorch_model.bin (read without
+                PyTorch; nothing in it is executed), or shards of either with their index.
             dtype: type computed in.
             param_dtype: type the parameters are kept in.
             rngs: initialises a head that the file lacks; None seeds with 0.
