@@ -7,19 +7,17 @@ transformers, and reads and writes its `config.json`.
 import dataclasses
 import json
 import math
-import numbers
-import operator
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 from flax.core import FrozenDict
 
 from yoso_jax.activations import ACTIVATIONS
 from yoso_jax.kernels.dispatch import implementations
+from yoso_jax.validation import Validated
 
 CONFIG_FILE = "config.json"
 
@@ -27,13 +25,16 @@ ProblemType = Literal["regression", "single_label_classification", "multi_label_
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
+class EncoderConfig(Validated):
     """What every YOSO encoder is built from.
 
     Raises:
         ValueError: a field has a value of a wrong type or out of range; the message names the field
             and what is accepted.
     """
+
+    model_type: ClassVar[str]
+    """Says in a config.json which family of models it is of."""
 
     vocab_size: int = 50265
     """Rows of the word embeddings, >= 1."""
@@ -124,45 +125,73 @@ class EncoderConfig:
         """A copy with these fields changed, validated again."""
         return dataclasses.replace(self, **changes)
 
-    def _fail(self, name: str, accepted: str) -> None:
-        raise ValueError(f"{name} must be {accepted}, got {getattr(self, name)!r}")
+    @classmethod
+    def from_dict[C: "EncoderConfig"](
+        cls: type[C], values: Mapping[str, Any], **overrides: Any
+    ) -> C:
+        """Reads the content of a config.json.
 
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
+        Args:
+            values: as `json.load` returns it.
+            **overrides: fields to set to other values than the file's.
 
-    def _check_integer(
-        self,
-        name: str,
-        minimum: int = 1,
-        maximum: int | None = None,
-        optional: bool = False,
-    ) -> None:
-        value = getattr(self, name)
-        if value is None and optional:
-            return
-        within = f" in {minimum}..{maximum}" if maximum else f" >= {minimum}"
-        accepted = f"an integer{within}{' or None' if optional else ''}"
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            self._fail(name, accepted)
-        self._set(name, operator.index(value))
-        if value < minimum or (maximum is not None and value > maximum):
-            self._fail(name, accepted)
+        Raises:
+            ValueError: another `model_type`, or a field unknown or out of range.
+        """
+        values = cls._check_model_type(values)
+        for name in ("architectures", "dtype"):
+            values.pop(name, None)
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        if unknown := sorted(values.keys() - fields.keys()):
+            raise ValueError(f"no fields of {cls.__name__}: {', '.join(unknown)}")
+        return cls(**{name: _to_field(fields[name], x) for name, x in (values | overrides).items()})
 
-    def _check_number(self, name: str, accepted: str, is_accepted: Any) -> None:
-        value = getattr(self, name)
-        is_number = isinstance(value, numbers.Real | np.floating) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not is_accepted(value):
-            self._fail(name, f"a finite number {accepted}")
-        self._set(name, float(value))
+    @classmethod
+    def from_json_file[C: "EncoderConfig"](
+        cls: type[C], path: str | os.PathLike[str], **overrides: Any
+    ) -> C:
+        """Reads a config.json.
 
-    def _check_bool(self, name: str) -> None:
-        if not isinstance(getattr(self, name), bool):
-            self._fail(name, "True or False")
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a JSON object, or a field is out of range; the message names it.
+        """
+        values = read_json_object(path)
+        try:
+            return cls.from_dict(values, **overrides)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
-    def _check_choice(self, name: str, choices: Collection[str | None]) -> None:
-        # A tuple: unlike a mapping it can be asked for what has no hash.
-        if getattr(self, name) not in tuple(choices):
-            self._fail(name, "one of " + ", ".join(map(repr, choices)))
+    @classmethod
+    def from_pretrained[C: "EncoderConfig"](
+        cls: type[C], folder: str | os.PathLike[str], **overrides: Any
+    ) -> C:
+        """Reads `folder`/config.json; raises as `from_json_file`."""
+        return cls.from_json_file(Path(folder) / CONFIG_FILE, **overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a config.json that `from_dict` reads back to an equal configuration."""
+        return {"model_type": self.model_type, **dataclasses.asdict(self)}
+
+    def to_json_string(self, **entries: Any) -> str:
+        """The text of a config.json, with `entries` beside the fields."""
+        return json.dumps(self.to_dict() | entries, indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **entries: Any) -> None:
+        """Writes `folder`/config.json, with `entries` beside the fields; makes the folder."""
+        path = Path(folder) / CONFIG_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(self.to_json_string(**entries), encoding="utf-8")
+        temporary.replace(path)
+
+    @classmethod
+    def _check_model_type(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        values = dict(values)
+        model_type = values.pop("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(f"model_type must be {cls.model_type!r}, got {model_type!r:.100}")
+        return values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -287,10 +316,7 @@ class YosoConfig(EncoderConfig):
         Raises:
             ValueError: another `model_type`, or a field out of range.
         """
-        values = dict(values)
-        model_type = values.pop("model_type", cls.model_type)
-        if model_type != cls.model_type:
-            raise ValueError(f"model_type must be {cls.model_type!r}, got {model_type!r}")
+        values = cls._check_model_type(values)
         if isinstance(values.get("id2label"), Mapping) and "num_labels" in values:
             size = values.pop("num_labels")
             if size != len(values["id2label"]):
@@ -301,43 +327,12 @@ class YosoConfig(EncoderConfig):
         fields = {field.name: field for field in dataclasses.fields(cls) if field.name != "extra"}
         extra = {name: values.pop(name) for name in values.keys() - fields.keys()}
         for name, value in values.items():
-            if isinstance(value, int) and fields[name].type is float:
-                values[name] = float(value)
-            elif name == "id2label" and isinstance(value, Mapping):
+            if name == "id2label" and isinstance(value, Mapping):
                 # JSON has string keys only.
-                values[name] = {int(i) if str(i).isdecimal() else i: v for i, v in value.items()}
-            else:
-                values[name] = _freeze(value)
+                value = {int(i) if str(i).isdecimal() else i: v for i, v in value.items()}
+            values[name] = _to_field(fields[name], value)
         config = cls(**values, extra=extra)
         return config.replace(**overrides) if overrides else config
-
-    @classmethod
-    def from_json_file[C: "YosoConfig"](
-        cls: type[C], path: str | os.PathLike[str], **overrides: Any
-    ) -> C:
-        """Reads a config.json.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is not a JSON object, or a field is out of range; the message names it.
-        """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
-        try:
-            return cls.from_dict(values, **overrides)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-
-    @classmethod
-    def from_pretrained[C: "YosoConfig"](
-        cls: type[C], folder: str | os.PathLike[str], **overrides: Any
-    ) -> C:
-        """Reads `folder`/config.json; raises as `from_json_file`."""
-        return cls.from_json_file(Path(folder) / CONFIG_FILE, **overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that `from_dict` reads back to an equal configuration.
@@ -356,18 +351,6 @@ class YosoConfig(EncoderConfig):
             values[field.name] = _thaw(value)
         return values
 
-    def to_json_string(self) -> str:
-        """The text of a config.json."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `folder`/config.json, making the folder if there is none."""
-        path = Path(folder) / CONFIG_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(self.to_json_string(), encoding="utf-8")
-        temporary.replace(path)
-
 
 _WRITTEN_IF_CHANGED = frozenset(
     {
@@ -385,12 +368,38 @@ _WRITTEN_IF_CHANGED = frozenset(
 )
 
 
+def read_json_object(path: str | os.PathLike[str], text: str | None = None) -> dict[str, Any]:
+    """Reads a file, or a `text` that is from it, which must hold a JSON object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8") if text is None else text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _default_labels(size: int) -> dict[int, str]:
     return {index: f"LABEL_{index}" for index in range(size)}
+
+
+def _to_field(field: dataclasses.Field[Any], value: Any) -> Any:
+    """A value from JSON, which has no tuples and knows few floats, for a field."""
+    if field.type is not float or not _is_integer(value):
+        return _freeze(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf  # refused as any other that is not finite
 
 
 def _freeze(value: Any) -> Any:
