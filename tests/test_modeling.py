@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from yoso_jax.config import YosoConfig
-from yoso_jax.conversion import to_hf_state_dict
+from yoso_jax.conversion import to_state_dict
 from yoso_jax.losses import cross_entropy, question_answering_loss, sequence_classification_loss
 from yoso_jax.modeling import (
     YosoForMaskedLM,
@@ -81,7 +81,7 @@ def loss_and_gradients(model: Any, seed: int = 0) -> tuple[jax.Array, dict[str, 
         return jax.value_and_grad(loss)(model)
 
     value, gradients = compute(model)
-    return value, to_hf_state_dict(gradients)
+    return value, to_state_dict(gradients)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def test_defaults_are_zeros_ones_and_positions_from_two() -> None:
 
 def test_initialisation() -> None:
     model = make(YosoForMaskedLM, CONFIG.replace(hidden_size=64, initializer_range=0.1))
-    for key, value in to_hf_state_dict(model).items():
+    for key, value in to_state_dict(model).items():
         if "LayerNorm.weight" in key:
             assert np.all(value == 1), key
         elif key.endswith("bias"):

@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 import yoso_jax.modeling
-from yoso_jax.conversion import to_hf_state_dict
+from yoso_jax.conversion import to_state_dict
 from yoso_jax.modeling.base import PretrainedModel
 
 DATA = Path(__file__).parent / "data" / "hf"
@@ -68,7 +68,7 @@ def evaluate_with_gradients(
         return outputs["loss"], outputs
 
     gradients, outputs = jax.grad(loss, has_aux=True)(model)
-    return outputs | {f"grad.{key}": g for key, g in to_hf_state_dict(gradients).items()}
+    return outputs | {f"grad.{key}": g for key, g in to_state_dict(gradients).items()}
 
 
 def spell_out_defaults(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -154,6 +154,6 @@ def test_the_pad_row_gets_its_gradient_from_the_tied_decoder_only() -> None:
         positions = jnp.arange(2, 6)[None]
         return jnp.sum(model.yoso.embeddings(ids, jnp.zeros_like(ids), positions, None) ** 3)
 
-    gradients = to_hf_state_dict(jax.jit(jax.grad(embed))(model))
+    gradients = to_state_dict(jax.jit(jax.grad(embed))(model))
     assert not np.any(gradients[name])
     assert np.any(gradients["yoso.embeddings.position_embeddings.weight"])

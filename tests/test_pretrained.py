@@ -16,9 +16,8 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from yoso_jax import pretrained
 from yoso_jax.config import YosoConfig
-from yoso_jax.conversion import to_hf_state_dict
+from yoso_jax.conversion import save, to_state_dict
 from yoso_jax.modeling import (
     YosoForMaskedLM,
     YosoForMultipleChoice,
@@ -83,7 +82,7 @@ def test_round_trip(name: str, scan_layers: bool, tmp_path: Path) -> None:
     assert config.pop("scan_layers", False) == scan_layers
     assert config == json.loads((DATA / name / "config.json").read_text())
     again = cls.from_pretrained(tmp_path / "saved", scan_layers=not scan_layers)
-    assert_same(to_hf_state_dict(again), original)
+    assert_same(to_state_dict(again), original)
 
 
 def test_shards(tmp_path: Path) -> None:
@@ -96,14 +95,14 @@ def test_shards(tmp_path: Path) -> None:
         "model.safetensors.index.json",
     ]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    tensors = to_hf_state_dict(model)
+    tensors = to_state_dict(model)
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors.values())
     assert index["weight_map"].keys() == tensors.keys()
     for name in set(index["weight_map"].values()):
         shard = load_file(tmp_path / name)
         assert sum(x.nbytes for x in shard.values()) <= 100_000
         assert all(index["weight_map"][key] == name for key in shard)
-    assert_same(to_hf_state_dict(YosoForMaskedLM.from_pretrained(tmp_path)), tensors)
+    assert_same(to_state_dict(YosoForMaskedLM.from_pretrained(tmp_path)), tensors)
 
 
 def test_types(tmp_path: Path) -> None:
@@ -114,8 +113,8 @@ def test_types(tmp_path: Path) -> None:
     again = YosoModel.from_pretrained(tmp_path, dtype=jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(nnx.state(again))} == {jnp.dtype(jnp.float32)}
     assert_same(
-        to_hf_state_dict(again),
-        {key: x.astype(jnp.float32) for key, x in to_hf_state_dict(model).items()},
+        to_state_dict(again),
+        {key: x.astype(jnp.float32) for key, x in to_state_dict(model).items()},
     )
     assert again(np.ones((1, 3), int)).last_hidden_state.dtype == jnp.bfloat16
 
@@ -136,7 +135,7 @@ def test_prefixes_old_names_and_buffers(edit: Callable[..., Path]) -> None:
 
     source = DATA / "base_h32_d8_gelu"
     model = YosoModel.from_pretrained(edit(source, age))
-    assert_same(to_hf_state_dict(model), load_file(source / "model.safetensors"))
+    assert_same(to_state_dict(model), load_file(source / "model.safetensors"))
 
 
 def test_a_base_model_is_loaded_into_a_head(edit: Callable[..., Path]) -> None:
@@ -145,7 +144,7 @@ def test_a_base_model_is_loaded_into_a_head(edit: Callable[..., Path]) -> None:
         model = YosoForTokenClassification.from_pretrained(source, num_labels=5)
     assert len(warned) == 1
     assert "classifier.bias, classifier.weight" in str(warned[0].message)
-    tensors = to_hf_state_dict(model)
+    tensors = to_state_dict(model)
     assert_same(
         {key.removeprefix("yoso."): x for key, x in tensors.items() if key.startswith("yoso.")},
         load_file(source / "model.safetensors"),
@@ -157,7 +156,7 @@ def test_a_base_model_is_loaded_into_a_head(edit: Callable[..., Path]) -> None:
             source, num_labels=5, rngs=nnx.Rngs(1), scan_layers=True
         )
     assert not np.array_equal(
-        to_hf_state_dict(other)["classifier.weight"], tensors["classifier.weight"]
+        to_state_dict(other)["classifier.weight"], tensors["classifier.weight"]
     )
 
 
@@ -168,7 +167,7 @@ def test_a_head_is_swapped_for_another() -> None:
     message = str(warned[0].message)
     assert "classifier.out_proj.weight; in the file, not in this model: cls.predictions" in message
     assert_same(
-        {key: x for key, x in to_hf_state_dict(model).items() if key.startswith("yoso.")},
+        {key: x for key, x in to_state_dict(model).items() if key.startswith("yoso.")},
         {
             key: x
             for key, x in load_file(MASKED_LM / "model.safetensors").items()
@@ -189,13 +188,13 @@ def test_all_mismatches_are_reported_at_once(edit: Callable[..., Path]) -> None:
         tensors["pooler.dense.bias"] = np.zeros(64)
         tensors[WORDS] = tensors[WORDS][1:]
 
-    with pytest.raises(ValueError, match="do not fit the model") as error:
+    with pytest.raises(ValueError, match="do not fit YosoForMaskedLM") as error:
         YosoForMaskedLM.from_pretrained(edit(MASKED_LM, damage))
     assert str(error.value).endswith(
-        "do not fit the model. "
-        "missing: cls.predictions.transform.dense.bias, encoder.layer.1.output.dense.bias; "
-        "unexpected: encoder.layer.2.output.dense.bias, pooler.dense.bias; "
-        "of a wrong shape: embeddings.word_embeddings.weight (96, 64) instead of (97, 64)"
+        "do not fit YosoForMaskedLM. "
+        "missing: cls.predictions.transform.dense.bias, yoso.encoder.layer.1.output.dense.bias; "
+        "unexpected: pooler.dense.bias, yoso.encoder.layer.2.output.dense.bias; "
+        "of a wrong shape: yoso.embeddings.word_embeddings.weight (96, 64) instead of (97, 64)"
     )
 
 
@@ -204,7 +203,7 @@ def test_equal_decoders_are_tied(edit: Callable[..., Path]) -> None:
         tensors[DECODER], tensors[DECODER_BIAS] = tensors[WORDS], tensors[BIAS]
 
     model = YosoForMaskedLM.from_pretrained(edit(MASKED_LM, add_decoder))
-    assert_same(to_hf_state_dict(model), load_file(MASKED_LM / "model.safetensors"))
+    assert_same(to_state_dict(model), load_file(MASKED_LM / "model.safetensors"))
 
 
 def test_a_different_decoder_is_not_tied(edit: Callable[..., Path], tmp_path: Path) -> None:
@@ -214,7 +213,7 @@ def test_a_different_decoder_is_not_tied(edit: Callable[..., Path], tmp_path: Pa
             edit(MASKED_LM, lambda tensors: tensors.update({DECODER: decoder}))
         )
     assert not model.config.tie_word_embeddings
-    tensors = to_hf_state_dict(model)
+    tensors = to_state_dict(model)
     original = load_file(MASKED_LM / "model.safetensors")
     np.testing.assert_array_equal(tensors[DECODER], decoder)
     np.testing.assert_array_equal(tensors[DECODER_BIAS], original[BIAS])
@@ -222,7 +221,7 @@ def test_a_different_decoder_is_not_tied(edit: Callable[..., Path], tmp_path: Pa
     model.save_pretrained(tmp_path / "untied")
     saved = load_file(tmp_path / "untied" / "model.safetensors")
     np.testing.assert_array_equal(saved[BIAS], original[BIAS])
-    assert_same(to_hf_state_dict(YosoForMaskedLM.from_pretrained(tmp_path / "untied")), tensors)
+    assert_same(to_state_dict(YosoForMaskedLM.from_pretrained(tmp_path / "untied")), tensors)
 
 
 def test_a_different_decoder_bias_is_used(edit: Callable[..., Path]) -> None:
@@ -232,7 +231,7 @@ def test_a_different_decoder_bias_is_used(edit: Callable[..., Path]) -> None:
             edit(MASKED_LM, lambda tensors: tensors.update({DECODER_BIAS: bias}))
         )
     assert model.config.tie_word_embeddings
-    np.testing.assert_array_equal(to_hf_state_dict(model)[BIAS], bias)
+    np.testing.assert_array_equal(to_state_dict(model)[BIAS], bias)
 
 
 def test_an_untied_configuration_uses_the_decoder_bias(edit: Callable[..., Path]) -> None:
@@ -242,7 +241,7 @@ def test_an_untied_configuration_uses_the_decoder_bias(edit: Callable[..., Path]
         tensors[DECODER], tensors[DECODER_BIAS] = tensors[WORDS].copy(), bias
 
     model = YosoForMaskedLM.from_pretrained(edit(MASKED_LM, untie, tie_word_embeddings=False))
-    tensors = to_hf_state_dict(model)
+    tensors = to_state_dict(model)
     np.testing.assert_array_equal(tensors[DECODER_BIAS], bias)
     assert BIAS not in tensors
 
@@ -255,12 +254,10 @@ def test_saving_replaces_an_older_model_and_nothing_else(tmp_path: Path) -> None
     second.save_pretrained(tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["config.json", "model.safetensors", "vocab.json"]
-    assert_same(to_hf_state_dict(YosoModel.from_pretrained(tmp_path)), to_hf_state_dict(second))
+    assert_same(to_state_dict(YosoModel.from_pretrained(tmp_path)), to_state_dict(second))
     first.save_pretrained(tmp_path, max_shard_size=100_000)
     assert not (tmp_path / "model.safetensors").exists()
-    assert_same(
-        to_hf_state_dict(YosoForMaskedLM.from_pretrained(tmp_path)), to_hf_state_dict(first)
-    )
+    assert_same(to_state_dict(YosoForMaskedLM.from_pretrained(tmp_path)), to_state_dict(first))
 
 
 def test_saved_files_may_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
@@ -287,7 +284,7 @@ def test_a_failed_save_leaves_the_folder_as_it_was(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretrained, "save_file", fill_disk)
+    monkeypatch.setattr(save, "save_file", fill_disk)
     with pytest.raises(OSError, match="No space left"):
         YosoForMaskedLM(YosoConfig(vocab_size=9, hidden_size=12), rngs=nnx.Rngs(0)).save_pretrained(
             folder
@@ -358,9 +355,14 @@ def test_load_refuses_damaged_folders(tmp_path: Path) -> None:
         YosoModel.from_pretrained(tmp_path)
 
     index = tmp_path / "model.safetensors.index.json"
-    for text in ("{", "[]", "{}"):
+    for text, message in (
+        ("{", "index.json is not valid JSON"),
+        ("[" * 100_000, "index.json is not valid JSON"),
+        ("[]", "index.json must hold a JSON object, got list"),
+        ("{}", "is not a JSON index with a weight_map"),
+    ):
         index.write_text(text)
-        with pytest.raises(ValueError, match="is not a JSON index with a weight_map"):
+        with pytest.raises(ValueError, match=message):
             YosoModel.from_pretrained(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "shard.safetensors"}}))
     with pytest.raises(FileNotFoundError, match=re.escape("lacks the shards shard.safetensors")):

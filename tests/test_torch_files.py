@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from yoso_jax.torch_files import TorchFileError, read_torch_file, read_torch_tensors
+from yoso_jax.conversion.torch_files import TorchFileError, read_torch_file, read_torch_tensors
 
 FILES = ("zip.pt", "zip_protocol4.pt", "legacy.pt")
 DTYPES = [

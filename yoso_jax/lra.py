@@ -4,16 +4,17 @@ As the YOSO authors trained it; the encoder's layers are those of the Hugging Fa
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from yoso_jax.config import EncoderConfig
+from yoso_jax.conversion.names import LRA
 from yoso_jax.losses import cross_entropy
+from yoso_jax.modeling.base import PretrainedModel
 from yoso_jax.modeling.inputs import (
     ArrayInput,
     check_ids,
@@ -44,6 +45,8 @@ class LRAConfig(EncoderConfig):
             and what is accepted.
     """
 
+    model_type: ClassVar[str] = "yoso_lra"
+
     vocab_size: int = 32
     """Symbols, >= 1. With `pooling="cls"` the last one stands for the whole sequence."""
     hidden_size: int = 64
@@ -63,6 +66,9 @@ class LRAConfig(EncoderConfig):
     """Classify the mean over tokens, or a symbol put before the sequence (whose last is cut)."""
     mean_over: Literal["all", "valid"] = "all"
     """Tokens the mean divides by: padding too, as published, or valid ones only."""
+    dual: bool = False
+    """Classify pairs of sequences, as the Retrieval task does: the classifier sees
+    [a, b, a*b, a-b] of their pooled vectors."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,10 +76,14 @@ class LRAConfig(EncoderConfig):
         self._check_choice("norm", ("pre", "post"))
         self._check_choice("pooling", ("mean", "cls"))
         self._check_choice("mean_over", ("all", "valid"))
+        self._check_bool("dual")
 
 
-class LRAClassifier(nnx.Module):
+class LRAClassifier(PretrainedModel):
     """Embeddings, encoder, LayerNorm, pooling, and a two-layer classifier.
+
+    With `config.dual` both sequences of a pair go through the same encoder, and are padded to the
+    same length.
 
     Args:
         config: the architecture.
@@ -86,23 +96,18 @@ class LRAClassifier(nnx.Module):
         Tay et al., Long Range Arena, ICLR 2021, arXiv:2011.04006.
     """
 
-    def __init__(
-        self,
-        config: LRAConfig,
-        *,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.config = config
-        policy = Policy(dtype, param_dtype)
+    config_class = LRAConfig
+    layout = LRA
+
+    def _build(self, config: LRAConfig, policy: Policy, rngs: nnx.Rngs) -> None:
         hidden, inner = config.hidden_size, config.intermediate_size
         self.word_embeddings = Embed(config, config.vocab_size, policy, rngs=rngs)
         self.position_embeddings = Embed(config, config.max_position_embeddings, policy, rngs=rngs)
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.encoder = Encoder(config, policy, norm=config.norm, rngs=rngs)
         self.norm = LayerNorm(config, policy, rngs=rngs)
-        self.dense = Linear(config, hidden, inner, policy, rngs=rngs)
+        pooled = 4 * hidden if config.dual else hidden
+        self.dense = Linear(config, pooled, inner, policy, rngs=rngs)
         self.out_proj = Linear(config, inner, config.num_labels, policy, rngs=rngs)
 
     def __call__(
@@ -114,11 +119,13 @@ class LRAClassifier(nnx.Module):
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> LogitsOutput:
-        """Classifies B sequences of T symbols, T <= max_position_embeddings.
+        """Classifies B sequences, or pairs, of T symbols, T <= max_position_embeddings.
 
         Args:
-            input_ids: [B, T] integers in [0, vocab_size).
-            attention_mask: [B, T], 1 or True for symbols, 0 or False for padding; None for none.
+            input_ids: [B, T] integers in [0, vocab_size); with `config.dual` [B, 2, T], the first
+                and the second of each pair.
+            attention_mask: of the same shape, 1 or True for symbols, 0 or False for padding; None
+                for none.
             labels: [B] integers in [0, num_labels), -100 where ignored.
             deterministic: False drops out.
             rngs: its `hash` stream is used when sampling (`use_expectation=False`), its `dropout`
@@ -132,6 +139,8 @@ class LRAClassifier(nnx.Module):
                 jit), or a random stream is missing.
         """
         config = self.config
+        if config.dual:
+            input_ids, attention_mask = _flatten_pairs(input_ids, attention_mask)
         shape = require_rank("input_ids", input_ids, "[batch, tokens]")
         ids = check_ids("input_ids", input_ids, shape, config.vocab_size)
         check_length(shape[1], config.max_position_embeddings)
@@ -145,10 +154,14 @@ class LRAClassifier(nnx.Module):
         x = self.dropout(x, draw_dropout_key(config, deterministic, rngs))
         x = self.encoder(x, mask, deterministic=deterministic, rngs=rngs).last_hidden_state
         x = jnp.where(mask[:, :, None], self.norm(x), 0)
-        logits = self.out_proj(nnx.relu(self.dense(self._pool(x, mask))))
+        pooled = self._pool(x, mask)
+        if config.dual:
+            a, b = pooled[0::2], pooled[1::2]
+            pooled = jnp.concatenate([a, b, a * b, a - b], axis=1)
+        logits = self.out_proj(nnx.relu(self.dense(pooled)))
         if labels is None:
             return LogitsOutput(logits=logits)
-        labels = check_integers("labels", labels, shape[:1])
+        labels = check_integers("labels", labels, logits.shape[:1])
         return LogitsOutput(loss=cross_entropy(logits, labels), logits=logits)
 
     def _pool(self, x: Float[Array, "B T hidden"], mask: Array) -> Float[Array, "B hidden"]:
@@ -158,3 +171,19 @@ class LRAClassifier(nnx.Module):
         if self.config.mean_over == "all":
             return (total / x.shape[1]).astype(x.dtype)
         return (total / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)).astype(x.dtype)
+
+
+def _flatten_pairs(
+    input_ids: ArrayInput, attention_mask: ArrayInput | None
+) -> tuple[ArrayInput, ArrayInput | None]:
+    """[B, 2, T] to [2 B, T], in which the sequences of a pair follow each other."""
+    batch, documents, tokens = require_rank("input_ids", input_ids, "[batch, 2, tokens]")
+    if documents != 2:
+        raise ValueError(f"input_ids must be [batch, 2, tokens], got shape {input_ids.shape}")
+    if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must have shape {input_ids.shape}, got {attention_mask.shape}"
+            )
+        attention_mask = attention_mask.reshape(2 * batch, tokens)
+    return input_ids.reshape(2 * batch, tokens), attention_mask

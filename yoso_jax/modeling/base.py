@@ -1,19 +1,22 @@
-"""What all Hugging Face architectures share: folders they are loaded from and saved to."""
+"""What all models share: files they are loaded from, and folders they are saved to."""
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from yoso_jax import pretrained
-from yoso_jax.config import YosoConfig
+from yoso_jax.config import EncoderConfig, YosoConfig
+from yoso_jax.conversion.load import load
+from yoso_jax.conversion.names import HF, Layout
+from yoso_jax.conversion.positions import PositionExtension
+from yoso_jax.conversion.save import save
 from yoso_jax.modeling.layers import Policy
 
 
 class PretrainedModel(nnx.Module):
-    """A model of a Hugging Face architecture.
+    """A model with a configuration.
 
     Args:
         config: the architecture.
@@ -22,9 +25,13 @@ class PretrainedModel(nnx.Module):
         rngs: initialises the parameters from its `params` stream; not kept.
     """
 
+    config_class: ClassVar[type[EncoderConfig]] = YosoConfig
+    layout: ClassVar[Layout] = HF
+    """Names of the parameters in files."""
+
     def __init__(
         self,
-        config: YosoConfig,
+        config: Any,
         *,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
@@ -33,44 +40,59 @@ class PretrainedModel(nnx.Module):
         self.config = config
         self._build(config, Policy(dtype, param_dtype), rngs)
 
-    def _build(self, config: YosoConfig, policy: Policy, rngs: nnx.Rngs) -> None:
+    def _build(self, config: Any, policy: Policy, rngs: nnx.Rngs) -> None:
         raise NotImplementedError
 
     @classmethod
     def from_pretrained[M: "PretrainedModel"](
         cls: type[M],
-        folder: str | os.PathLike[str],
+        path: str | os.PathLike[str],
         *,
+        config: EncoderConfig | str | os.PathLike[str] | None = None,
+        position_extension: PositionExtension | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs | None = None,
         **overrides: Any,
     ) -> M:
-        """Loads a model from a folder in Hugging Face's layout.
+        """Loads a model from a local checkpoint. `yoso_jax.load_pretrained` finds the class, too.
+
+        PyTorch is not needed, and nothing in a file is executed.
 
         Args:
-            folder: holds config.json and model.safetensors, or pytorch_model.bin (read without
-                PyTorch; nothing in it is executed), or shards of either with their index.
+            path: a folder with config.json and model.safetensors or pytorch_model.bin, whole or in
+                shards with their index; an Orbax directory of `scripts/convert.py`; or a single
+                file of safetensors or `torch.save`, among them the YOSO authors' .model and .cp.
+            config: the configuration, or the path of a JSON file with one (Hugging Face's or the
+                authors'). None takes config.json in the folder, or beside a file.
+            position_extension: "tile" or "interpolate" the file's position embeddings when
+                `max_position_embeddings=` is given and larger.
             dtype: type computed in.
             param_dtype: type the parameters are kept in.
             rngs: initialises a head that the file lacks; None seeds with 0.
             **overrides: fields of the configuration to set to other values than the file's.
 
         Raises:
-            FileNotFoundError: config.json or the weights are not there.
+            FileNotFoundError: the configuration or the weights are not there.
             ValueError: the configuration or a file is damaged, or parameters are missing,
                 unexpected or of a wrong shape: one message lists all of them.
+            OSError: a file cannot be read.
 
         Warns:
             UserWarning: a whole head is absent from the file (initialised afresh) or in the file
-                but not in the model, or a decoder is not tied; one warning names all of them.
+                but not in the model, a decoder is not tied, or positions were added; one warning
+                names all of them.
         """
-
-        def build(config: YosoConfig, rngs: nnx.Rngs) -> M:
-            return cls(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-
-        rngs = nnx.Rngs(0) if rngs is None else rngs
-        return pretrained.load(build, folder, param_dtype=param_dtype, rngs=rngs, **overrides)
+        return load(
+            [cls],
+            path,
+            config=config,
+            position_extension=position_extension,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+            **overrides,
+        )
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "50GB"
@@ -89,4 +111,4 @@ class PretrainedModel(nnx.Module):
             NotADirectoryError: `folder` is a file.
             ValueError: `max_shard_size` is no size.
         """
-        pretrained.save(self, self.config, folder, max_shard_size=max_shard_size)
+        save(self, folder, max_shard_size=max_shard_size)
