@@ -20,6 +20,8 @@ from yoso_jax.modeling import LogitsOutput
 DATA = Path(__file__).parent / "data" / "orig" / "lra_sc_mean"
 IDS = np.random.default_rng(0).integers(0, 7, (3, 10))
 MASK = np.arange(10) < np.array([[10], [6], [1]])
+PAIRS = np.stack([IDS, IDS[::-1]], axis=1)
+PAIRS_MASK = np.stack([MASK, MASK[::-1]], axis=1)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -155,15 +157,34 @@ def test_post_norm_differs_from_pre_norm() -> None:
     assert not np.allclose(run(make(norm="post"), IDS).logits, run(make(), IDS).logits, atol=1e-4)
 
 
-def test_sampled_training_step() -> None:
-    model = make(use_expectation=False)
+def test_dual_compares_the_pooled_vectors_of_a_pair() -> None:
+    model = make(dual=True, mean_over="valid")
+    single = make(mean_over="valid", num_labels=16, intermediate_size=32)
+    for name in ("word_embeddings", "position_embeddings", "encoder", "norm"):
+        setattr(single, name, getattr(model, name))
+    # relu(x) - relu(-x) is x: the logits of `single` are its pooled vectors.
+    single.dense.kernel[...] = jnp.concatenate([jnp.eye(16), -jnp.eye(16)], axis=1)
+    single.out_proj.kernel[...] = single.dense.kernel[...].T
+    a, b = (np.asarray(run(single, PAIRS[:, i], PAIRS_MASK[:, i]).logits) for i in (0, 1))
+    weights = [np.asarray(model.dense.kernel[...]), np.asarray(model.out_proj.kernel[...])]
+    expected = np.maximum(np.hstack([a, b, a * b, a - b]) @ weights[0], 0) @ weights[1]
+    logits = run(model, PAIRS, PAIRS_MASK).logits
+    np.testing.assert_allclose(logits, expected, atol=1e-6)
+    swapped = run(model, PAIRS[:, ::-1], PAIRS_MASK[:, ::-1]).logits
+    assert not np.allclose(swapped, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dual", [False, True])
+def test_sampled_training_step(dual: bool) -> None:
+    model = make(use_expectation=False, dual=dual, pooling="cls" if dual else "mean")
+    ids, mask = (PAIRS, PAIRS_MASK) if dual else (IDS, MASK)
     labels = np.array([0, 2, -100])
 
     @jax.jit
     def loss_and_gradients(model: LRAClassifier, key: jax.Array) -> tuple[jax.Array, LRAClassifier]:
         def loss(model: LRAClassifier) -> Any:
             rngs = nnx.Rngs(hash=key, dropout=jax.random.fold_in(key, 1))
-            return model(IDS, MASK, labels, deterministic=False, rngs=rngs).loss
+            return model(ids, mask, labels, deterministic=False, rngs=rngs).loss
 
         return jax.value_and_grad(loss)(model)
 
@@ -200,12 +221,31 @@ def test_refuses(arguments: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": IDS}, "input_ids must be [batch, 2, tokens], got shape (3, 10)"),
+        ({"input_ids": IDS[None]}, "input_ids must be [batch, 2, tokens], got shape (1, 3, 10)"),
+        ({"input_ids": PAIRS + 2}, "input_ids must be in [0, 8), got 2..8"),
+        ({"input_ids": np.zeros((1, 2, 17), int)}, "at most max_position_embeddings=16 tokens"),
+        (
+            {"input_ids": PAIRS, "attention_mask": MASK},
+            "attention_mask must have shape (3, 2, 10), got (3, 10)",
+        ),
+    ],
+)
+def test_dual_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(dual=True)(**arguments)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"norm": "sandwich"}, "norm must be one of 'pre', 'post'"),
         ({"pooling": "max"}, "pooling must be one of 'mean', 'cls'"),
         ({"mean_over": 3}, "mean_over must be one of 'all', 'valid'"),
         ({"num_labels": 0}, "num_labels must be an integer >= 1"),
+        ({"dual": 1}, "dual must be True or False"),
     ],
 )
 @pytest.mark.usefixtures("unchecked_shapes")
