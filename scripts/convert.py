@@ -15,6 +15,7 @@ from yoso_jax.conversion.report import print_report
 from yoso_jax.conversion.save import FileFormat
 from yoso_jax.errors import CheckpointError, ConfigError, DiskFullError, is_disk_full
 
+
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """What to convert, into what."""

@@ -40,7 +40,7 @@ def test_import_starts_no_backend():
 
 
 def test_import_is_light():
-    heavy = ("grain", "matplotlib", "orbax", "tensorflow", "torch", "transformers", "tyro")
+    heavy = ("grain", "matplotlib", "orbax", "tensorflow", "tokenizers", "torch", "tyro")
     result = run_python(f"import sys, yoso_jax; print(*{{*{heavy}}}.intersection(sys.modules))")
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []
