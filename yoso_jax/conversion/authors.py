@@ -205,12 +205,25 @@ def config_fields(
         return fields | {
             "num_labels": model.get("num_classes"),
             "pooling": str(model.get("pooling_mode")).lower(),
+            "max_position_embeddings": _rounded_up(model["max_seq_len"], tensors),
             "dual": head is not None and head.shape[1:] == (4 * tensors["model.norm.weight"].size,),
         }
     fields["type_vocab_size"] = model.get("num_sen_type", 1)
+    table = tensors.get("embeddings.position_embeddings.weight")
+    if table is not None and table.shape[:1] == (model["max_seq_len"],):
+        # BERT, whose positions start at 0, pads with 0; its other tokens are not known.
+        fields |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
     if "dropout_prob" in model:
         fields["attention_probs_dropout_prob"] = model["dropout_prob"]
     return fields
+
+
+def _rounded_up(max_seq_len: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The number of positions: their LRA script rounds it up to a power of two, or did once."""
+    table = tensors.get("model.embeddings.position_embeddings.weight")
+    rows = table.shape[0] if table is not None and table.shape else None
+    is_rounded = isinstance(max_seq_len, int) and rows == 1 << (max_seq_len - 1).bit_length()
+    return rows if is_rounded else max_seq_len
 
 
 def _layer(block: re.Match[str]) -> str:

@@ -30,6 +30,7 @@ PARAMS_FOLDER = "params"
 CONFIG_KEY = "config"
 """Metadata entry of a flat safetensors file that holds the text of its config.json."""
 
+_NAMES = (WEIGHTS_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX_FILE)
 _AUTHORS_SUFFIXES = (".model", ".cp")
 _TORCH_STARTS = (b"PK\x03\x04", b"\x80")
 _DTYPES = {
@@ -70,15 +71,24 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path} (only local paths are read)")
+    path = locate(path)
     if not path.is_dir():
         return _read_file(path)
-    names = (WEIGHTS_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX_FILE)
-    present = next((name for name in names if (path / name).exists()), None)
-    if present is None:
-        return _read_file(_only_authors_file(path, names))
+    present = next(name for name in _NAMES if (path / name).exists())
     if present in (WEIGHTS_FILE, TORCH_FILE):
         return _read_file(path / present)
     return _read_shards(path / present)
+
+
+def locate(path: Path) -> Path:
+    """The path itself, or the authors' file that a folder holds instead of anything else."""
+    if not path.is_dir() or is_orbax_folder(path) or any((path / x).exists() for x in _NAMES):
+        return path
+    found = sorted(x for x in path.iterdir() if x.suffix in _AUTHORS_SUFFIXES and x.is_file())
+    if len(found) == 1:
+        return found[0]
+    hint = f"; pass the path of one of {', '.join(x.name for x in found)}" if found else ""
+    raise FileNotFoundError(f"{path} holds none of {', '.join(_NAMES)}{hint}")
 
 
 def find_config(path: Path) -> tuple[dict[str, Any], Path]:
@@ -87,6 +97,8 @@ def find_config(path: Path) -> tuple[dict[str, Any], Path]:
     It is config.json in the folder; for a file it is in the metadata of a safetensors file that
     this project wrote, else config.json beside the file or, as the authors have it, one folder up.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file or folder {path} (only local paths are read)")
     if path.is_dir():
         file = path / CONFIG_FILE
         return read_json_object(file), file
@@ -98,14 +110,6 @@ def find_config(path: Path) -> tuple[dict[str, Any], Path]:
     raise FileNotFoundError(
         f"there is no {CONFIG_FILE} beside {path}: pass config=, a configuration or the path of one"
     )
-
-
-def _only_authors_file(folder: Path, names: tuple[str, ...]) -> Path:
-    found = sorted(x for x in folder.iterdir() if x.suffix in _AUTHORS_SUFFIXES and x.is_file())
-    if len(found) == 1:
-        return found[0]
-    hint = f"; pass the path of one of {', '.join(x.name for x in found)}" if found else ""
-    raise FileNotFoundError(f"{folder} holds none of {', '.join(names)}{hint}")
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:

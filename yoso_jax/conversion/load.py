@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from yoso_jax.config import EncoderConfig, YosoConfig, read_json_object
 from yoso_jax.conversion import authors
-from yoso_jax.conversion.files import find_config, is_orbax_folder, read_tensors
+from yoso_jax.conversion.files import find_config, is_orbax_folder, locate, read_tensors
 from yoso_jax.conversion.names import HF, LRA
 from yoso_jax.conversion.orbax_files import read_params
 from yoso_jax.conversion.plan import Entry, Plan, heads, left_out, match
@@ -90,12 +90,13 @@ def make_plan(
     check_extension(position_extension)
     path, notes, entries = Path(path), list[str](), list[Entry]()
     values = _read_config(path, config)
+    path = locate(path)
     tensors = _rename(_read(path, values), entries, notes)
+    if "embeddings.dense.weight" in tensors:
+        tensors = _unfold(tensors, entries, notes)
     model_class = _choose(model_classes, values, tensors, path)
     base = _make_config(model_class, values, tensors, path, overrides)
     tensors = authors.spread_shared(tensors, base.num_hidden_layers)
-    if "embeddings.dense.weight" in tensors:
-        tensors = _unfold(tensors, entries, notes)
     if "cls" in heads(tensors) and model_class.__name__ == "YosoForMaskedLM":
         base, tensors = _resolve_decoder(base, tensors, entries, notes)
     wanted = overrides.get("max_position_embeddings", base.max_position_embeddings)
@@ -116,7 +117,9 @@ def _read_config(path: Path, config: EncoderConfig | str | os.PathLike[str] | No
 def _read(path: Path, config: _Config) -> dict[str, Tensor]:
     if not is_orbax_folder(path):
         return read_tensors(path)
-    model_type = config.model_type if isinstance(config, EncoderConfig) else config[0]["model_type"]
+    model_type = (
+        config.model_type if isinstance(config, EncoderConfig) else config[0].get("model_type")
+    )
     return read_params(path, LRA if model_type == "yoso_lra" else HF)
 
 
@@ -135,6 +138,7 @@ def _rename(
     unmatched = []
     for key, name in names.items():
         if name is None:
+            unmatched.append(key)
             entries.append(left_out(tensors[key], _NO_COUNTERPART))
         elif re.fullmatch(_BUFFERS, name):
             entries.append(left_out(tensors[key], "a buffer, not a parameter"))

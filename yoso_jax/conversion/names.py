@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
@@ -106,7 +105,7 @@ class _Names(NamedTuple):
     leaf: _Leaf
 
 
-def to_state_dict(params: PyTree, layout: Layout = HF) -> dict[str, Array]:
+def to_state_dict(params: PyTree, layout: Layout = HF) -> dict[str, Any]:
     """Names parameters, or their gradients, as files do and lays them out so.
 
     Args:
@@ -115,7 +114,7 @@ def to_state_dict(params: PyTree, layout: Layout = HF) -> dict[str, Array]:
         layout: the family's names.
 
     Returns:
-        Tensors by key, of the parameters' dtypes.
+        Arrays by key, of the parameters' types.
     """
     tensors = {}
     for path, variable in _flatten(params).items():

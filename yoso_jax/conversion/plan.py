@@ -138,7 +138,7 @@ def match(
     fresh = [short[key] for key in shapes if _head(short[key]) in absent]
     if fresh:
         notes.append("absent from the file, initialised afresh: " + ", ".join(sorted(fresh)))
-    if ignored := [key for key in left if _head(key) in unused]:
+    if ignored := [tensor.source for key, tensor in left.items() if _head(key) in unused]:
         notes.append("in the file, not in this model: " + ", ".join(ignored))
     order = {status: i for i, status in enumerate(get_args(Status))}
     ordered = tuple(sorted(entries, key=lambda entry: order[entry.status]))

@@ -14,6 +14,7 @@ import struct
 import warnings
 import zipfile
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -49,6 +50,18 @@ _CALLS = {
     "torch._utils._rebuild_tensor_v2",
     "torch._utils._rebuild_tensor_v3",
 }
+# Training states beside a state dict hold these. They are read as `_Inert`: nothing is looked up,
+# called or built, and what holds one cannot be asked for.
+_INERT = {
+    "__builtin__.dict",
+    "__builtin__.getattr",
+    "builtins.dict",
+    "builtins.getattr",
+    "collections.defaultdict",
+    "torch.optim.adam.Adam",
+    "torch.optim.adamw.AdamW",
+    "torch.optim.lr_scheduler.OneCycleLR",
+}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _NUMBERS = ("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT")
 _STRINGS = ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
@@ -65,6 +78,12 @@ class TorchFileError(ValueError):
 
 class _Global(NamedTuple):
     """An allowed name; it stands for itself and cannot be called."""
+
+    name: str
+
+
+class _Inert(NamedTuple):
+    """Stands for an object of a training state: takes what is put into it, keeps nothing."""
 
     name: str
 
@@ -94,6 +113,9 @@ def read_torch_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     file must not be changed while its arrays are in use. Values, unlike the zip format's pickle,
     are not compared with their checksums.
 
+    A training state may name an optimiser and a scheduler of PyTorch: `read_torch_tensors` then
+    reads the state dict beside it, this function refuses.
+
     ``OrderedDict`` becomes ``dict`` (without its attributes, such as ``_metadata``) and
     ``torch.Size`` a tuple. Numbers, strings, None, lists, tuples and dicts stay what they are.
 
@@ -106,23 +128,7 @@ def read_torch_file(path: str | os.PathLike[str]) -> dict[str, Any]:
             what a state dict needs, such as a function, a class or a complex storage.
         OSError: the file cannot be opened or read.
     """
-    try:
-        with open(path, "rb") as file, warnings.catch_warnings():
-            # pickletools decodes names, and warns of backslashes, before they can be refused.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            tree = _read(file)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a damaged zip directory: a seek before the start
-            raise
-        raise TorchFileError(f"{path}: the zip directory is damaged") from error
-    except LookupError as error:
-        raise TorchFileError(f"{path} is damaged: it refers to what it does not hold") from error
-    except _BAD_CONTENT as error:
-        raise TorchFileError(f"{path} cannot be read: {error}") from error
-    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        kind = type(tree).__name__
-        raise TorchFileError(f"{path} holds a {kind}, expected a dict with string keys")
-    return tree
+    return _read_dict(path, lambda tree: tree)
 
 
 def read_torch_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -137,11 +143,7 @@ def read_torch_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         TorchFileError: as :func:`read_torch_file`, or an item of the state dict is no tensor.
         OSError: the file cannot be opened or read.
     """
-    tree = read_torch_file(path)
-    for key in ("model_state_dict", "state_dict"):
-        if isinstance(tree.get(key), dict):
-            tree = tree[key]
-            break
+    tree = _read_dict(path, _state_dict)
     for name, value in tree.items():
         if not isinstance(name, str) or not isinstance(value, np.ndarray):
             raise TorchFileError(
@@ -151,17 +153,45 @@ def read_torch_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return tree
 
 
-def _read(file: io.BufferedReader) -> object:
+def _state_dict(tree: dict[str, Any]) -> dict[str, Any]:
+    for key in ("model_state_dict", "state_dict"):
+        if isinstance(tree.get(key), dict):
+            return tree[key]
+    return tree
+
+
+def _read_dict(
+    path: str | os.PathLike[str], select: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Reads the part of a file that `select` takes from its outermost dict."""
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            # pickletools decodes names, and warns of backslashes, before they can be refused.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            tree, contents = _read(file)
+            if isinstance(tree, dict) and all(isinstance(key, str) for key in tree):
+                return _resolve(select(tree), contents, {}, 0)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a damaged zip directory: a seek before the start
+            raise
+        raise TorchFileError(f"{path}: the zip directory is damaged") from error
+    except LookupError as error:
+        raise TorchFileError(f"{path} is damaged: it refers to what it does not hold") from error
+    except _BAD_CONTENT as error:
+        raise TorchFileError(f"{path} cannot be read: {error}") from error
+    kind = type(tree).__name__
+    raise TorchFileError(f"{path} holds a {kind}, expected a dict with string keys")
+
+
+def _read(file: io.BufferedReader) -> tuple[object, dict[str, np.ndarray]]:
     if os.fstat(file.fileno()).st_size == 0:
         raise ValueError("the file is empty")
     data = np.memmap(file, np.uint8, "r").view(np.ndarray)
     if data[:4].tobytes() == _ZIP_HEADER:
-        tree, contents = _read_zip(file, data)
-    elif data[0] == _PROTO:
-        tree, contents = _read_legacy(data)
-    else:
-        raise ValueError("not a file of torch.save: neither a zip archive nor a pickle")
-    return _resolve(tree, contents, {}, 0)
+        return _read_zip(file, data)
+    if data[0] == _PROTO:
+        return _read_legacy(data)
+    raise ValueError("not a file of torch.save: neither a zip archive nor a pickle")
 
 
 def _read_zip(file: io.BufferedReader, data: np.ndarray) -> tuple[object, dict[str, np.ndarray]]:
@@ -259,6 +289,13 @@ def _interpret(stream: io.BytesIO, storages: dict[str, _Storage]) -> Any:
             case "APPENDS":
                 items, stack = stack, outer.pop()
                 _check_is(stack[-1], list).extend(items)
+            case "POP":
+                stack.pop()
+            case "NEWOBJ":
+                args, function = stack.pop(), stack.pop()
+                if not isinstance(function, _Inert):
+                    raise ValueError(f"its pickle makes a {getattr(function, 'name', 'value')}")
+                stack.append(function)
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
                 _set_items(stack[-1], [key], [value])
@@ -267,7 +304,8 @@ def _interpret(stream: io.BytesIO, storages: dict[str, _Storage]) -> Any:
                 _set_items(stack[-1], items[::2], items[1::2])
             case "BUILD":  # sets attributes of an OrderedDict
                 stack.pop()
-                _check_is(stack[-1], dict)
+                if not isinstance(stack[-1], _Inert):
+                    _check_is(stack[-1], dict)
             case "GLOBAL":
                 stack.append(_allowed(*str(arg).split(" ", 1)))
             case "STACK_GLOBAL":
@@ -294,6 +332,8 @@ def _check_is(value: object, kind: type) -> Any:
 
 
 def _set_items(target: object, keys: list[Any], values: list[Any]) -> None:
+    if isinstance(target, _Inert):
+        return
     for key, value in zip(keys, values, strict=True):
         # Hashing a nested tuple can take for ever.
         if not isinstance(key, str | int | float | None):
@@ -301,8 +341,10 @@ def _set_items(target: object, keys: list[Any], values: list[Any]) -> None:
         _check_is(target, dict)[key] = value
 
 
-def _allowed(module: str, name: str) -> _Global:
+def _allowed(module: str, name: str) -> _Global | _Inert:
     path = f"{module}.{name}"
+    if path in _INERT:
+        return _Inert(path)
     if path in _STORAGES or path in _DTYPES or path in _CALLS:
         return _Global(path)
     raise ValueError(
@@ -321,6 +363,8 @@ def _storage(identity: object) -> _Storage:
 
 
 def _call(function: object, args: Any) -> object:
+    if isinstance(function, _Inert):
+        return function
     if not isinstance(function, _Global):
         raise ValueError(f"its pickle calls a {type(function).__name__}")
     match function.name.rpartition(".")[2], args:
@@ -351,7 +395,7 @@ def _resolve(node: Any, contents: dict[str, np.ndarray], done: dict[int, Any], d
     match node:
         case _Tensor():
             result = _view(node, contents[node.storage.key])
-        case _Global() | _Storage():
+        case _Global() | _Storage() | _Inert():
             raise ValueError(f"holds {node[0]!r:.200} itself, which is not read")
         case dict():
             result = {key: _resolve(value, *below) for key, value in node.items()}
