@@ -38,15 +38,24 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tokens": ("YosoForTokenClassification", {"num_labels": 5, "conv_window": 3}, {}),
     "answers": ("YosoForQuestionAnswering", {"hidden_act": "silu"}, {}),
 }
+# Checkpoints of others, read by this project and saved again.
+CONVERTED = {
+    "pytorch_2022": "bin_old/mlm_zip",
+    "authors_shared": "authors/roberta_shared",
+    "authors_answers": "authors/roberta_qa",
+    "authors_bert": "authors/bert_plain",
+    "authors_factorised": "authors/bert_factorised",
+    "authors_older": "orig/roberta_yoso_v1_e",
+}
 OUTPUTS = ("loss", "logits", "start_logits", "end_logits", "last_hidden_state")
 
 
-def make_inputs(name: str) -> dict[str, np.ndarray]:
+def make_inputs(name: str, vocabulary: int, types: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     shape = (2, 4, 13) if name == "choices" else (4, 13)
     inputs = {
-        "input_ids": rng.integers(0, 61, shape),
-        "token_type_ids": rng.integers(0, 2, shape),
+        "input_ids": rng.integers(0, vocabulary, shape),
+        "token_type_ids": rng.integers(0, types, shape),
         "attention_mask": (rng.random(shape) < 0.8).astype(np.int64),
     }
     match name:
@@ -71,7 +80,18 @@ def export(folder: Path) -> None:
     from flax import nnx
 
     import yoso_jax.modeling
-    from yoso_jax.config import YosoConfig
+    from yoso_jax import YosoConfig, load_pretrained
+
+    def save(name: str, model: Any, **options: Any) -> None:
+        model.save_pretrained(folder / name, **options)
+        inputs = make_inputs(name, model.config.vocab_size, model.config.type_vocab_size)
+        outputs = vars(model(**inputs))
+        expected = {
+            key: np.asarray(outputs[key]) for key in OUTPUTS if outputs.get(key) is not None
+        }
+        save_file(inputs, folder / f"{name}_inputs.safetensors")
+        save_file(expected, folder / f"{name}_outputs.safetensors")
+        print(f"{name}: saved {sorted(expected)}")
 
     for name, (architecture, changes, options) in CASES.items():
         config = YosoConfig.from_dict({**SIZES, **changes, "hf_mask_compat": True})
@@ -81,15 +101,10 @@ def export(folder: Path) -> None:
         keys = jax.random.split(jax.random.key(1), len(leaves))
         noise = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
         model = jax.tree.unflatten(structure, [x + n for x, n in zip(leaves, noise, strict=True)])
-        model.save_pretrained(folder / name, **options)
-        inputs = make_inputs(name)
-        outputs = vars(model(**inputs))
-        expected = {
-            key: np.asarray(outputs[key]) for key in OUTPUTS if outputs.get(key) is not None
-        }
-        save_file(inputs, folder / f"{name}_inputs.safetensors")
-        save_file(expected, folder / f"{name}_outputs.safetensors")
-        print(f"{name}: saved {sorted(expected)}")
+        save(name, model, **options)
+    data = Path(__file__).parents[1] / "data"
+    for name, source in CONVERTED.items():
+        save(name, load_pretrained(data / source, hf_mask_compat=True))
 
 
 def compare(folder: Path) -> None:
@@ -97,15 +112,14 @@ def compare(folder: Path) -> None:
     import transformers  # pyrefly: ignore[missing-import]
 
     worst = 0.0
-    for name, (architecture, _, _) in CASES.items():
+    for name in (*CASES, *CONVERTED):
+        config = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
+        (architecture,) = config["architectures"]
         model, loading = getattr(transformers, architecture).from_pretrained(
             folder / name, output_loading_info=True
         )
         if problems := {key: value for key, value in loading.items() if value}:
             raise SystemExit(f"{name}: transformers reports {problems}")
-        assert json.loads((folder / name / "config.json").read_text())["architectures"] == [
-            architecture
-        ]
         inputs = load_file(folder / f"{name}_inputs.safetensors")
         with torch.no_grad():
             tensors = {key: torch.from_numpy(value) for key, value in inputs.items()}
