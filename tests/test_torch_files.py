@@ -182,6 +182,29 @@ def test_reads_a_checkpoint_of_the_authors(folder: Path, data_dir: Path) -> None
         np.testing.assert_array_equal(tensors[name], array)
 
 
+def test_a_training_state_beside_the_state_dict_is_passed_over(data_dir: Path) -> None:
+    """Its pickle holds an AdamW and a OneCycleLR of PyTorch 1.7, and getattr of the latter."""
+    path = data_dir / "authors" / "roberta_cp" / "cp-0000.cp"
+    assert all("exp_avg" not in name for name in read_torch_tensors(path))
+    with pytest.raises(TorchFileError, match=r"holds .*, which is not read"):
+        read_torch_file(path)
+
+
+def test_placeholders_of_a_training_state_do_nothing(tmp_path: Path) -> None:
+    """A dict that is called, or a method of an optimiser, is neither a dict nor a tensor."""
+    path = tmp_path / "file.pt"
+    adam = b"ctorch.optim.adam\nAdam\n"
+    method = b"cbuiltins\ngetattr\n(" + adam + b"X\x04\x00\x00\x00steptR"
+    for value, message in (
+        (b"cbuiltins\ndict\n)R", r"holds 'builtins\.dict' itself"),
+        (method, r"holds 'builtins\.getattr' itself"),
+        (b"ctorch\nSize\n)\x81", r"its pickle makes a torch\.Size"),
+    ):
+        path.write_bytes(zip_bytes(b"\x80\x02}X\x01\x00\x00\x00a" + value + b"s."))
+        with pytest.raises(TorchFileError, match=message):
+            read_torch_tensors(path)
+
+
 def test_a_state_dict_holds_only_tensors(tmp_path: Path) -> None:
     path = tmp_path / "file.pt"
     path.write_bytes(zip_bytes(dumps({"weight": tensor(), "epoch": 3}), {"0": bytes(24)}))
