@@ -39,7 +39,7 @@ def fit_positions(
         tensors: by key, without prefix.
         wanted: the model's `max_position_embeddings`.
         extension: how to make more positions.
-        notes: gets a line for the user if the table changes.
+        notes: gets a line for the user if the table changes unasked.
 
     Raises:
         ValueError: there are fewer positions than wanted and `extension` is None, or more.
@@ -74,7 +74,6 @@ def fit_positions(
             return np.concatenate([x[:unused], grow(x[unused:], wanted)])
 
         how = "tiled" if extension == "tile" else "interpolated"
-        notes.append(f"{table.source} is {how} from {present} to {wanted} positions")
         table = _change_rows(table, f"{how} from {present} positions", wanted + unused, extend)
     return {**tensors, key: table}
 
