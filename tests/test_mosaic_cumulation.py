@@ -1,0 +1,378 @@
+"""The cumulation kernel: in NumPy against float64, lowered for CUDA, and on a GPU."""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from yoso_jax.kernels.mosaic_gpu import cumulation, fixed_point, lane_numpy, layout
+from yoso_jax.kernels.mosaic_gpu.cumulation import Plan
+
+
+def numpy_run(program, *inputs):
+    # Checking the types of each instruction takes longer than running it.
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        return lane_numpy.call(program, *inputs)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def numpy_call(program, *inputs):
+    """Runs programs in NumPy from inside `jax.jit`."""
+    run = functools.partial(numpy_run, program)
+    return list(jax.pure_callback(run, program.outputs, *inputs))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Programs run once, so that optimising what is around them costs more than it saves."""
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def reference(query_codes, key_codes, value):
+    """`B v` in float64."""
+    value = np.asarray(value, np.float64)
+    out = np.zeros((*query_codes.shape[:2], value.shape[-1]))
+    for head in range(len(out)):
+        for h in range(query_codes.shape[-1]):
+            table = np.zeros((2**12, value.shape[-1]))
+            np.add.at(table, key_codes[head, :, h], value[head])
+            out[head] += table[query_codes[head, :, h]]
+    return out / query_codes.shape[-1]
+
+
+def relative_error(actual, expected):
+    actual = np.asarray(actual, np.float64)
+    return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
+
+
+def random_case(heads, num_queries, num_keys, num_hashes, hash_code_len, dim, dtype, seed=0):
+    """Codes of which a fifth agree between query i and key i, and normal values."""
+    rng = np.random.default_rng(seed)
+    tokens = max(num_queries, num_keys)
+    codes = rng.integers(0, 2**hash_code_len, (2, heads, tokens, num_hashes)).astype(np.int32)
+    codes[0] = np.where(rng.random(codes[0].shape) < 0.2, codes[1], codes[0])
+    value = rng.standard_normal((heads, num_keys, dim))
+    return codes[0, :, :num_queries], codes[1, :, :num_keys], jnp.asarray(value, dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("hash_code_len", "call", "kwargs"))
+def run(query_codes, key_codes, value, *, hash_code_len, call=numpy_call, kwargs=()):
+    arrange = functools.partial(layout.arrange_codes, hash_code_len=hash_code_len)
+    return cumulation.cumulate(
+        arrange(query_codes, filler=0),
+        arrange(key_codes, filler=1),
+        value,
+        num_hashes=query_codes.shape[-1],
+        hash_code_len=hash_code_len,
+        call=call,
+        **dict(kwargs),
+    )
+
+
+BFLOAT16_ERROR, FLOAT16_ERROR, FLOAT32_ERROR = 3e-3, 2.2e-3, 2e-5
+
+# T, S, hashes, bits, value dimension, dtype, options. One or two warpgroups make threads do several
+# tokens; five or more tokens a thread keep accumulators in memory.
+CASES = [
+    (1, 1, 1, 1, 16, jnp.bfloat16, {}),
+    (7, 130, 5, 9, 40, jnp.float16, {"num_warpgroups": 1}),
+    (130, 7, 5, 12, 3, jnp.bfloat16, {"num_warpgroups": 1}),
+    (130, 130, 32, 11, 16, jnp.bfloat16, {"num_warpgroups": 1}),
+    (1000, 1000, 32, 9, 16, jnp.bfloat16, {"num_warpgroups": 1}),
+    (1000, 700, 9, 10, 16, jnp.float32, {"num_warpgroups": 1, "splits": 1}),
+    (130, 1000, 32, 9, 64, jnp.bfloat16, {"splits": 1}),
+    (33, 50, 128, 9, 16, jnp.bfloat16, {"num_warpgroups": 1, "splits": 4}),
+    (40, 10, 1, 12, 16, jnp.float32, {}),
+    (10, 10, 8, 9, 256, jnp.bfloat16, {}),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case[:5])))
+def test_cumulation_matches_float64(case):
+    *shape, hash_code_len, dim, dtype, kwargs = case
+    arrays = random_case(1, *shape, hash_code_len, dim, dtype)
+    out = run(*arrays, hash_code_len=hash_code_len, kwargs=tuple(kwargs.items()))
+    assert out.dtype == dtype
+    error = {"bfloat16": BFLOAT16_ERROR, "float16": FLOAT16_ERROR, "float32": FLOAT32_ERROR}
+    assert relative_error(out, reference(*arrays)) < error[out.dtype.name]
+
+
+def test_output_dtype_is_free():
+    arrays = random_case(2, 20, 30, 3, 4, 8, jnp.bfloat16)
+    kwargs = (("num_warpgroups", 1), ("out_dtype", jnp.float32))
+    out = run(*arrays, hash_code_len=4, kwargs=kwargs)
+    assert out.dtype == jnp.float32
+    assert relative_error(out, reference(*arrays)) < 2e-3
+
+
+def test_results_do_not_depend_on_how_the_work_is_cut():
+    arrays = random_case(1, 140, 150, 32, 9, 8, jnp.bfloat16)
+    cuts = [(1, 1), (2, 2), (1, 4)]
+    outs = [
+        run(*arrays, hash_code_len=9, kwargs=(("num_warpgroups", w), ("splits", s)))
+        for w, s in cuts
+    ]
+    for out in outs[1:]:
+        np.testing.assert_array_equal(out, outs[0])
+
+
+def hard_heads():
+    """Ordinary; in one bucket with an outlier; masked; not finite; with ten outliers."""
+    query_codes, key_codes, value = random_case(5, 100, 1000, 5, 9, 16, jnp.float32)
+    query_codes[1] = key_codes[1] = 3
+    value = np.array(value)
+    value[1, 17, 3] = 1e4
+    value[2] = 0
+    value[3, 5, 1] = np.nan
+    value[4, 7::100, 5] = 1e4
+    return query_codes, key_codes, jnp.asarray(value, jnp.bfloat16)
+
+
+def test_tables_are_chosen_for_each_head():
+    query_codes, key_codes, value = hard_heads()
+    scale, wide = jax.jit(
+        lambda codes, value: fixed_point.choose_scales(
+            layout.arrange_codes(codes, hash_code_len=9, filler=1),
+            value,
+            num_hashes=5,
+            hash_code_len=9,
+            call=numpy_call,
+        )
+    )(key_codes, value)
+    np.testing.assert_array_equal(wide, [False, True, False, True, True])
+    limit = np.where(wide, 2**31 - 1, 2**15 - 1)
+    for head in (0, 1, 2, 4):
+        integers = np.rint(np.asarray(value[head], np.float64) * float(scale[head]))
+        for h in range(5):
+            sums = np.zeros((512, 16))
+            np.add.at(sums, key_codes[head, :, h], np.abs(integers))
+            assert sums.max() <= limit[head]
+
+    out = run(query_codes, key_codes, value, hash_code_len=9)
+    expected = reference(query_codes, key_codes, value)
+    for head in (0, 1, 2, 4):
+        assert relative_error(out[head], expected[head]) < BFLOAT16_ERROR
+    assert jnp.isnan(out[3]).all()
+    assert (out[2] == 0).all()
+
+
+@pytest.mark.parametrize("outlier", [0.0, 1e4])
+def test_long_sequences_in_one_bucket(outlier):
+    """65,536 keys of one code: 32-bit sums, within 2e-3 before the rounding of the result."""
+    _, _, value = random_case(1, 1, 2**16, 1, 1, 8, jnp.bfloat16)
+    value = value.at[0, 99, 0].add(outlier)
+    codes = np.full((1, 2**16, 2), 1, np.int32)
+    arrays = codes[:, :3], codes, value
+    out = run(*arrays, hash_code_len=1, kwargs=(("out_dtype", jnp.float32),))
+    assert relative_error(out, reference(*arrays)) < 2e-3
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+def test_magnitude_does_not_matter(scale):
+    query_codes, key_codes, value = random_case(1, 60, 60, 8, 5, 8, jnp.bfloat16)
+    arrays = query_codes, key_codes, value * jnp.bfloat16(scale)
+    out = run(*arrays, hash_code_len=5, kwargs=(("num_warpgroups", 1),))
+    assert relative_error(out, reference(*arrays)) < BFLOAT16_ERROR
+
+
+def test_gradient_of_value_is_the_cumulation_with_exchanged_roles():
+    key_codes, query_codes, grad_out = random_case(2, 60, 40, 5, 6, 8, jnp.float32)
+    out = run(key_codes, query_codes, grad_out, hash_code_len=6)
+    weights = (query_codes[:, :, None] == key_codes[:, None]).mean(-1)
+    expected = np.einsum("bts,btd->bsd", weights, np.asarray(grad_out, np.float64))
+    assert relative_error(out, expected) < FLOAT32_ERROR
+
+
+def test_codes_are_arranged_as_documented():
+    codes = np.random.default_rng(0).integers(0, 2**10, (2, 19, 11)).astype(np.int32)
+    out = np.asarray(layout.arrange_codes(jnp.asarray(codes), hash_code_len=10, filler=1))
+    assert out.shape == (2, 2, 19, 8)
+    for group, token, p in np.ndindex(2, 19, 8):
+        slot = p ^ (token & 7)
+        h = group * 8 + slot
+        code = codes[:, token, h] if h < 11 else 1
+        np.testing.assert_array_equal(out[:, group, token, p], (code * 8 + slot) * 8)
+
+
+@pytest.mark.parametrize("hash_code_len", range(1, 13))
+def test_tables_fit_and_slots_do_not_share_banks(hash_code_len):
+    plan = Plan(1, 9, 9, 64, 128, hash_code_len, np.dtype(np.float16), np.dtype(np.float16))
+    assert plan.groups_per_pass * plan.table_bytes <= 224 * 1024
+    assert (8 * 2**hash_code_len - 1) * layout.code_scale(hash_code_len) < 2**16
+    if hash_code_len <= 10:
+        # Whatever the codes, 32 threads that add a word use 32 banks.
+        token, words = np.arange(32), plan.slot_words
+        slot, word = token & 7, (token >> 3) & (words - 1)
+        assert len(set(slot * words + word)) == 32
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "num_groups", "splits"),
+    [(2048, 4, 1), (132, 4, 1), (100, 4, 1), (64, 4, 2), (8, 4, 4), (8, 5, 5), (140, 4, 2)],
+)
+def test_splits_fill_the_gpu(num_blocks, num_groups, splits):
+    assert cumulation.choose_splits(num_blocks, num_groups) == splits
+
+
+def lower(fn, *arrays):
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    return jax.jit(fn).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize(
+    ("heads", "tokens", "num_hashes", "hash_code_len", "dim"),
+    [
+        (256, 1000, 32, 9, 64),  # in registers
+        (64, 8192, 32, 9, 64),  # in memory
+        (1, 8192, 33, 10, 40),  # split
+        (2, 130, 128, 1, 256),
+        (256, 130, 5, 11, 16),
+        (256, 5000, 8, 12, 16),
+    ],
+)
+def test_kernels_lower_for_cuda(heads, tokens, num_hashes, hash_code_len, dim, dtype):
+    codes = jax.ShapeDtypeStruct((heads, tokens, num_hashes), jnp.int32)
+    text = lower(
+        functools.partial(cumulation.lsh_cumulation, hash_code_len=hash_code_len),
+        codes,
+        codes,
+        jax.ShapeDtypeStruct((heads, tokens, dim), dtype),
+    )
+    assert text.count("@mosaic_gpu") >= 2
+
+
+def test_kernels_lower_under_vmap():
+    codes = jax.ShapeDtypeStruct((3, 2, 130, 5), jnp.int32)
+    value = jax.ShapeDtypeStruct((3, 2, 130, 16), jnp.bfloat16)
+    fn = jax.vmap(functools.partial(cumulation.lsh_cumulation, hash_code_len=9))
+    assert "mosaic_gpu" in lower(fn, codes, codes, value)
+
+
+@pytest.mark.parametrize(
+    ("num_hashes", "hash_code_len", "dim", "message"),
+    [(129, 9, 8, "num_hashes"), (8, 13, 8, "hash_code_len"), (8, 9, 257, "last dimension")],
+)
+def test_unsupported_shapes_fall_through(num_hashes, hash_code_len, dim, message):
+    arrays = random_case(1, 4, 4, num_hashes, hash_code_len, dim, jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=message):
+        cumulation.lsh_cumulation(*map(jnp.asarray, arrays), hash_code_len=hash_code_len)
+
+
+def test_importing_loads_no_gpu_dialects():
+    code = (
+        "import sys, yoso_jax.kernels.mosaic_gpu.cumulation; "
+        "sys.exit(any(name.startswith(('jax.experimental.mosaic', 'jaxlib.mlir.dialects.gpu')) "
+        "for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+GPU_SHAPES = [
+    # heads, T, S, hashes, bits, dimension, splits
+    (3, 1, 1, 1, 1, 16, 1),
+    (3, 1000, 777, 32, 9, 64, 1),
+    (3, 5000, 5001, 64, 9, 40, 1),
+    (2, 4096, 4096, 40, 10, 64, 5),
+    (2, 130, 1000, 5, 11, 16, 1),
+    (2, 6000, 130, 128, 12, 256, 1),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("case", GPU_SHAPES, ids=lambda case: "-".join(map(str, case)))
+def test_gpu_matches_float64(case, dtype):
+    *shape, splits = case
+    arrays = random_case(*shape, dtype)
+    from yoso_jax.kernels.mosaic_gpu import lane_mosaic
+
+    arguments = {"hash_code_len": shape[4], "kwargs": (("splits", splits),)}
+    out = run(*arrays, call=lane_mosaic.call, **arguments)
+    error = {"bfloat16": BFLOAT16_ERROR, "float16": FLOAT16_ERROR, "float32": FLOAT32_ERROR}
+    assert relative_error(out, reference(*arrays)) < error[out.dtype.name]
+    again = run(*arrays, call=lane_mosaic.call, **arguments)
+    np.testing.assert_array_equal(out, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_queries", [130, 700])
+def test_gpu_agrees_with_numpy_bit_for_bit(num_queries):
+    """The same programs on the same inputs, with packed, wide and not finite heads."""
+    from yoso_jax.kernels.mosaic_gpu import lane_mosaic
+
+    query_codes, key_codes, value = hard_heads()
+    query_codes = jnp.asarray(np.resize(query_codes, (5, num_queries, 5)))
+    key_codes = jnp.asarray(key_codes)
+    weights = np.random.default_rng(0).integers(0, 10**6, (5, 1000)).astype(np.int32)
+    arrange = functools.partial(layout.arrange_codes, hash_code_len=9)
+    query_codes, key_codes = arrange(query_codes, filler=0), arrange(key_codes, filler=1)
+    plan = Plan(
+        heads=5,
+        num_queries=num_queries,
+        num_keys=1000,
+        value_dim=16,
+        num_hashes=5,
+        hash_code_len=9,
+        value_dtype=value.dtype,
+        out_dtype=value.dtype,
+        num_warpgroups=1,
+    )
+    scale = np.array([300, 1000, 1, np.nan, 1000], np.float32)
+    scales = np.stack([scale, 1 / scale / 5], -1)
+    inputs = query_codes, key_codes, layout.split_columns(value, plan.width), scales
+    wide = np.array([0, 1, 0, 1, 1], np.int32)
+    for program, arrays in [
+        (cumulation.cumulation_program(plan), (*inputs, wide)),
+        (
+            fixed_point.largest_bucket_program(5, 1000, num_hashes=5, hash_code_len=9),
+            (key_codes, weights),
+        ),
+    ]:
+        expected = numpy_run(program, *arrays)
+        actual = jax.jit(functools.partial(lane_mosaic.call, program))(*arrays)
+        for a, b in zip(actual, expected, strict=True):
+            np.testing.assert_array_equal(np.asarray(a, np.float64), b.astype(np.float64))
+
+
+@pytest.mark.gpu
+def test_gpu_keeps_hard_heads_exact():
+    query_codes, key_codes, value = hard_heads()
+    out = jax.jit(
+        functools.partial(cumulation.lsh_cumulation, hash_code_len=9),
+    )(query_codes, key_codes, value)
+    expected = reference(query_codes, key_codes, value)
+    for head in (0, 1, 2, 4):
+        assert relative_error(out[head], expected[head]) < BFLOAT16_ERROR
+    assert jnp.isnan(out[3]).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("outlier", [0.0, 1e4])
+def test_gpu_long_sequences_in_one_bucket(outlier):
+    codes = np.full((2, 2**16, 32), 5, np.int32)
+    _, _, value = random_case(2, 1, 2**16, 1, 1, 64, jnp.bfloat16)
+    value = value.at[0, 99, 0].add(outlier)
+    out = jax.jit(functools.partial(cumulation.lsh_cumulation, hash_code_len=9))(
+        codes, codes, value
+    )
+    expected = np.asarray(value, np.float64).sum(1, keepdims=True)
+    assert relative_error(out, np.broadcast_to(expected, out.shape)) < BFLOAT16_ERROR
+
+
+@pytest.mark.gpu
+def test_gpu_under_vmap():
+    arrays = random_case(6, 130, 150, 9, 9, 16, jnp.bfloat16)
+    fn = functools.partial(cumulation.lsh_cumulation, hash_code_len=9)
+    out = jax.jit(fn)(*arrays)
+    batched = [jnp.asarray(x).reshape(3, 2, *x.shape[1:]) for x in arrays]
+    np.testing.assert_array_equal(jax.jit(jax.vmap(fn))(*batched).reshape(out.shape), out)
