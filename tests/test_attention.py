@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from yoso_jax import yoso_attention
-from yoso_jax.attention import l2_normalize
+from yoso_jax import attention, yoso_attention
+from yoso_jax.attention import l2_normalize, sampled_attention
 from yoso_jax.hashing import sample_projection
 from yoso_jax.kernels import reference
 from yoso_jax.kernels.codes import hash_codes
@@ -247,7 +247,12 @@ def test_equal_queries_and_keys_are_finite(mode):
 
 @mode
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_rounds_only_inputs_and_output(mode, dtype):
+def test_half_precision_rounds_only_inputs_and_output(monkeypatch, mode, dtype):
+    def rounded_projection(*args, **kwargs):
+        return sample_projection(*args, **kwargs).astype(dtype).astype(jnp.float32)
+
+    # The projection is an input, too.
+    monkeypatch.setattr(attention, "sample_projection", rounded_projection)
     args = [x.astype(dtype) for x in inputs()]
     *args, cotangent = args
     options = dict(rng=RNG, hash_code_len=4, **mode)
@@ -306,6 +311,28 @@ def test_numpy_arrays_are_taken(unchecked_shapes):
     np.testing.assert_array_equal(out, expected)
 
 
+@pytest.mark.parametrize("backward", ["sampled", "expectation"])
+def test_sampled_attention_is_what_is_normalised(backward):
+    *args, cotangent = inputs(num_keys=13)
+    options = dict(hash_code_len=5, backward=backward)
+    projection = sample_projection(RNG, (2, 3), 16, num_hashes=11, hash_code_len=5)
+    masks = jnp.arange(19) < jnp.asarray([[19], [7]]), jnp.arange(13) < jnp.asarray([[4], [13]])
+    assert_same_function(
+        lambda *args: sampled_attention(*args, projection, *masks, **options),
+        lambda *args: yoso_attention(
+            *args,
+            masks[1],
+            query_mask=masks[0],
+            rng=RNG,
+            num_hashes=11,
+            normalize=False,
+            **options,
+        ),
+        args,
+        cotangent,
+    )
+
+
 @pytest.mark.parametrize(
     ("hash_fn", "bit_layout"), [("gaussian", "spread"), ("fast", "spread"), ("fast", "block")]
 )
@@ -339,7 +366,11 @@ Q = jnp.ones((2, 4, 3, 8))
         (dict(hash_fn="md5"), ValueError, "hash_fn must be 'gaussian' or 'fast', got 'md5'"),
         (dict(bit_layout="x"), ValueError, "bit_layout must be 'spread' or 'block'"),
         (dict(backward="x"), ValueError, "backward must be 'sampled' or 'expectation'"),
-        (dict(implementation="x"), ValueError, "implementation must be None, one of 'xla'"),
+        (
+            dict(implementation="x"),
+            ValueError,
+            "implementation must be None, one of 'mosaic_gpu', 'xla'",
+        ),
         (dict(mask=jnp.ones((2, 3, 4, 4), bool)), ValueError, "Masks of single pairs"),
         (dict(mask=jnp.ones((2, 4))), TypeError, "mask must be bool"),
         (dict(mask=jnp.ones((2, 5), bool)), ValueError, r"mask must have shape \(2, 4\)"),
@@ -355,3 +386,26 @@ Q = jnp.ones((2, 4, 3, 8))
 def test_refuses(unchecked_shapes, change, error, message):
     with pytest.raises(error, match=message):
         yoso_attention(**(dict(query=Q, key=Q, value=Q, rng=RNG) | change))
+
+
+PROJECTION = jnp.ones((2, 3, 8, 10))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(query=Q[0]), ValueError, r"query must have 4 dimensions \[B, T, N, H\]"),
+        (dict(hash_code_len=0), ValueError, r"hash_code_len must be in 1\.\.16"),
+        (dict(backward="x"), ValueError, "backward must be 'sampled' or 'expectation'"),
+        (dict(projection=PROJECTION[..., :9]), ValueError, r"N=3, H=8, num_hashes \* 5\], got"),
+        (dict(projection=PROJECTION[:1]), ValueError, r"projection must be .* of shape \[B=2, N"),
+        (dict(projection=PROJECTION > 0), ValueError, "projection must be floating point"),
+        (dict(query_mask=jnp.ones((1, 4), bool)), ValueError, "query_mask must have shape"),
+        (dict(key_mask=jnp.ones((2, 4))), TypeError, "key_mask must be bool"),
+        (dict(implementation="x"), ValueError, "implementation must be None, one of"),
+    ],
+)
+def test_sampled_attention_refuses(unchecked_shapes, change, error, message):
+    args = dict(query=Q, key=Q, value=Q, projection=PROJECTION, hash_code_len=5)
+    with pytest.raises(error, match=message):
+        sampled_attention(**(args | change))

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from yoso_jax import kernels
 from yoso_jax.hashing import sample_projection, sample_signs
-from yoso_jax.kernels import reference, xla
+from yoso_jax.kernels import collisions, reference
 from yoso_jax.kernels.codes import fast_hash_projection, hadamard_transform, hash_codes
 
 
@@ -122,7 +122,7 @@ def test_fast_hash_refuses(unchecked_shapes, change, message):
 @pytest.mark.parametrize("pairs", [True, False])
 def test_cumulation_matches_the_vectors(lsh_vectors, monkeypatch, masked, pairs):
     if not pairs:  # the tables that long sequences use
-        monkeypatch.setattr(xla, "_PAIRS_PER_TOKEN", 0)
+        monkeypatch.setattr(collisions, "_PAIRS_PER_TOKEN", 0)
     v = {
         name: jnp.asarray(array, jnp.float32 if array.dtype == np.float64 else None)
         for name, array in lsh_vectors.items()
@@ -153,11 +153,13 @@ def test_cumulation_matches_the_vectors(lsh_vectors, monkeypatch, masked, pairs)
 @pytest.mark.parametrize("pairs", [True, False])
 def test_sampled_gradients_match_the_vectors(lsh_vectors, monkeypatch, pairs):
     if not pairs:
-        monkeypatch.setattr(xla, "_PAIRS_PER_TOKEN", 0)
+        monkeypatch.setattr(collisions, "_PAIRS_PER_TOKEN", 0)
     v, tau = lsh_vectors, int(lsh_vectors["tau"])
     codes = jnp.asarray(v["q_code"]), jnp.asarray(v["k_code"])
     args = [jnp.asarray(v[name], jnp.float32) for name in ("q", "k", "v", "grad_out")]
-    grads = jax.jit(functools.partial(xla.sampled_backward, hash_code_len=tau))(*codes, *args)
+    grads = jax.jit(functools.partial(collisions.collision_gradients, hash_code_len=tau))(
+        *codes, *args
+    )
     weights = reference.collision_weights(*codes)
     twins = reference.surrogate_gradients(weights, *args, hash_code_len=tau)
     for grad, twin, name in zip(grads, twins, "qkv", strict=True):
@@ -171,7 +173,7 @@ def test_expectation_gradients_match_the_vectors(data_dir, case):
     v = {n.removeprefix(f"{case}/"): a for n, a in vectors.items() if n.startswith(f"{case}/")}
     tau = int(v["tau"])
     args = [jnp.asarray(v[name], jnp.float32) for name in ("q", "k", "v", "grad_out")]
-    grads = xla.expectation_backward(*args, hash_code_len=tau)
+    grads = collisions.expectation_gradients(*args, hash_code_len=tau)
     weights = reference.expectation_weights(*args[:2], hash_code_len=tau)
     twins = reference.surrogate_gradients(weights, *args, hash_code_len=tau)
     for grad, twin, name in zip(grads, twins, "qkv", strict=True):
@@ -186,7 +188,7 @@ def test_weighted_cumulation_and_its_gradients_are_the_dense_twins(
     monkeypatch, pairs, num_queries, num_keys
 ):
     if not pairs:
-        monkeypatch.setattr(xla, "_PAIRS_PER_TOKEN", 0)
+        monkeypatch.setattr(collisions, "_PAIRS_PER_TOKEN", 0)
     keys = jax.random.split(jax.random.key(0), 6)
     query_codes = jax.random.randint(keys[0], (2, 1, num_queries, 5), 0, 8)
     key_codes = jax.random.randint(keys[1], (2, 1, num_keys, 5), 0, 8)
@@ -221,7 +223,7 @@ def test_one_hot_tables_equal_scattered_ones(monkeypatch, hash_code_len, num_has
     value = jax.random.normal(keys[2], (3, 34, 6))
 
     def cumulation():
-        f = functools.partial(xla.lsh_cumulation, hash_code_len=hash_code_len)
+        f = functools.partial(collisions.lsh_cumulation, hash_code_len=hash_code_len)
         return jax.jit(f)(query_codes, key_codes, value)
 
     expected = reference.lsh_cumulation(query_codes, key_codes, value)
@@ -234,9 +236,9 @@ def test_one_hot_tables_equal_scattered_ones(monkeypatch, hash_code_len, num_has
 def test_collision_probability_is_as_accurate_as_float32(hash_code_len):
     cosine = np.linspace(-1, 1, 100_001, dtype=np.float32)
     expected = (1 - np.arccos(cosine.astype(np.float64)) / np.pi) ** hash_code_len
-    result = xla.collision_probability(jnp.asarray(cosine), hash_code_len)
+    result = collisions.collision_probability(jnp.asarray(cosine), hash_code_len)
     assert np.abs(result - expected).max() < 2e-6
-    assert xla.collision_probability(jnp.float32(1.0000002), hash_code_len) == 1
+    assert collisions.collision_probability(jnp.float32(1.0000002), hash_code_len) == 1
 
 
 def test_codes_do_not_depend_on_length_and_projections_differ_between_heads():
@@ -278,7 +280,11 @@ def test_numpy_arrays_are_taken(unchecked_shapes, lsh_vectors):
         (dict(value=jnp.zeros((5, 3), int)), TypeError, "value must be floating point"),
         (dict(key_mask=jnp.ones(5)), TypeError, "key_mask must be bool"),
         (dict(query_mask=jnp.ones(5, bool)), ValueError, r"query_mask must have shape \(4,\)"),
-        (dict(implementation="cuda"), ValueError, "implementation must be None, one of 'xla'"),
+        (
+            dict(implementation="cuda"),
+            ValueError,
+            "implementation must be None, one of 'mosaic_gpu', 'xla'",
+        ),
         (dict(implementation=()), ValueError, "implementation must be"),
     ],
 )

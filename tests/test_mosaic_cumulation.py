@@ -10,8 +10,10 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from yoso_jax.kernels.mosaic_gpu import cumulation, fixed_point, lane_numpy, layout
+from yoso_jax.kernels.mosaic_gpu import cumulation, fixed_point, lane_numpy, layout, values
 from yoso_jax.kernels.mosaic_gpu.cumulation import Plan
+from yoso_jax.kernels.mosaic_gpu.lane import Program
+from yoso_jax.kernels.mosaic_gpu.layout import Rows
 
 
 def numpy_run(program, *inputs):
@@ -65,32 +67,38 @@ def random_case(heads, num_queries, num_keys, num_hashes, hash_code_len, dim, dt
 
 
 @functools.partial(jax.jit, static_argnames=("hash_code_len", "call", "kwargs"))
-def run(query_codes, key_codes, value, *, hash_code_len, call=numpy_call, kwargs=()):
+def run(query_codes, key_codes, value, *masks, hash_code_len, call=numpy_call, kwargs=()):
+    """Pairs of heads are two heads of a batch row; masks are of batch rows."""
     arrange = functools.partial(layout.arrange_codes, hash_code_len=hash_code_len)
-    return cumulation.cumulate(
+    heads, num_keys, dim = value.shape
+    pairs = value.reshape(-1, 2 - heads % 2, num_keys, dim)
+    out = cumulation.cumulate(
         arrange(query_codes, filler=0),
         arrange(key_codes, filler=1),
-        value,
+        jnp.swapaxes(pairs, 1, 2),
+        *masks,
         num_hashes=query_codes.shape[-1],
         hash_code_len=hash_code_len,
         call=call,
         **dict(kwargs),
     )
+    return jnp.swapaxes(out, 1, 2).reshape(heads, -1, dim)
 
 
 BFLOAT16_ERROR, FLOAT16_ERROR, FLOAT32_ERROR = 3e-3, 2.2e-3, 2e-5
 
 # T, S, hashes, bits, value dimension, dtype, options. One or two warpgroups make threads do several
-# tokens; five or more tokens a thread keep accumulators in memory.
+# tokens.
 CASES = [
     (1, 1, 1, 1, 16, jnp.bfloat16, {}),
-    (7, 130, 5, 9, 40, jnp.float16, {"num_warpgroups": 1}),
-    (130, 7, 5, 12, 3, jnp.bfloat16, {"num_warpgroups": 1}),
-    (130, 130, 32, 11, 16, jnp.bfloat16, {"num_warpgroups": 1}),
+    (7, 130, 5, 9, 40, jnp.float16, {"num_warpgroups": 1, "one_kernel": True}),
+    (130, 7, 5, 12, 3, jnp.bfloat16, {"num_warpgroups": 1, "one_kernel": False}),
+    (130, 130, 32, 11, 16, jnp.bfloat16, {"num_warpgroups": 1, "one_kernel": True}),
     (1000, 1000, 32, 9, 16, jnp.bfloat16, {"num_warpgroups": 1}),
-    (1000, 700, 9, 10, 16, jnp.float32, {"num_warpgroups": 1, "splits": 1}),
-    (130, 1000, 32, 9, 64, jnp.bfloat16, {"splits": 1}),
-    (33, 50, 128, 9, 16, jnp.bfloat16, {"num_warpgroups": 1, "splits": 4}),
+    (700, 1000, 9, 10, 16, jnp.float32, {"num_warpgroups": 2}),
+    (130, 2100, 32, 9, 64, jnp.bfloat16, {}),
+    (130, 100, 32, 9, 64, jnp.bfloat16, {"one_kernel": True}),
+    (33, 50, 128, 9, 16, jnp.bfloat16, {"num_warpgroups": 1}),
     (40, 10, 1, 12, 16, jnp.float32, {}),
     (10, 10, 8, 9, 256, jnp.bfloat16, {}),
 ]
@@ -114,12 +122,30 @@ def test_output_dtype_is_free():
     assert relative_error(out, reference(*arrays)) < 2e-3
 
 
+@pytest.mark.parametrize("one_kernel", [True, False])
+def test_masks(one_kernel):
+    """Masked rows count as zero, also when they are not finite."""
+    query_codes, key_codes, value = random_case(4, 140, 150, 9, 7, 8, jnp.float32)
+    query_mask = np.random.default_rng(1).random((2, 140)) < 0.7
+    key_mask = np.random.default_rng(2).random((2, 150)) < 0.7
+    key_mask[1] = False
+    by_head = np.repeat(key_mask, 2, 0)[..., None]
+    masked = jnp.where(by_head, value, jnp.nan).astype(jnp.bfloat16)
+    kwargs = (("num_warpgroups", 1), ("one_kernel", one_kernel))
+    out = run(query_codes, key_codes, masked, query_mask, key_mask, hash_code_len=7, kwargs=kwargs)
+    expected = reference(query_codes, key_codes, np.where(by_head, value, 0))
+    expected *= np.repeat(query_mask, 2, 0)[..., None]
+    assert relative_error(out, expected) < BFLOAT16_ERROR
+    assert (out[np.repeat(~query_mask, 2, 0)] == 0).all()
+    assert (out[2:] == 0).all()
+
+
 def test_results_do_not_depend_on_how_the_work_is_cut():
-    arrays = random_case(1, 140, 150, 32, 9, 8, jnp.bfloat16)
-    cuts = [(1, 1), (2, 2), (1, 4)]
+    arrays = random_case(1, 140, 1100, 32, 9, 8, jnp.bfloat16)
+    cuts = [(1, False), (2, False), (1, True)]
     outs = [
-        run(*arrays, hash_code_len=9, kwargs=(("num_warpgroups", w), ("splits", s)))
-        for w, s in cuts
+        run(*arrays, hash_code_len=9, kwargs=(("num_warpgroups", w), ("one_kernel", one)))
+        for w, one in cuts
     ]
     for out in outs[1:]:
         np.testing.assert_array_equal(out, outs[0])
@@ -137,17 +163,29 @@ def hard_heads():
     return query_codes, key_codes, jnp.asarray(value, jnp.bfloat16)
 
 
+def load_scales(bounds, dtype):
+    """What the cumulation takes from `find_bounds`: a scale for each head, and whether wide."""
+    heads, groups, _ = bounds.shape
+
+    def body(lane, inputs, outputs, shared, block):
+        scale = fixed_point.Scale.load(lane, inputs[0], block, groups, dtype)
+        wide = lane.select(scale.is_wide, lane.i32(1), lane.i32(0))
+        with lane.when(lane.thread_id() == 0):
+            outputs[0].at(block, 4).store([lane.bitcast_i32(scale.scale)])
+            outputs[1].at(block, 4).store([wide])
+
+    shapes = (jax.ShapeDtypeStruct((heads,), t) for t in (jnp.float32, jnp.int32))
+    return lane_numpy.call(Program("scales", body, tuple(shapes), heads, 1), bounds)
+
+
 def test_tables_are_chosen_for_each_head():
     query_codes, key_codes, value = hard_heads()
-    scale, wide = jax.jit(
-        lambda codes, value: fixed_point.choose_scales(
-            layout.arrange_codes(codes, hash_code_len=9, filler=1),
-            value,
-            num_hashes=5,
-            hash_code_len=9,
-            call=numpy_call,
-        )
-    )(key_codes, value)
+    sliced = values.slice_values(value[:, :, None], None, width=8, call=numpy_run)
+    tables = fixed_point.Buckets(5, 1000, 16, value.dtype, 5, 9)
+    codes = layout.arrange_codes(jnp.asarray(key_codes), hash_code_len=9, filler=1)
+    program = fixed_point.largest_bucket_program(tables)
+    (bounds,) = numpy_run(program, codes, sliced.weights, sliced.sums)
+    scale, wide = load_scales(bounds, value.dtype)
     np.testing.assert_array_equal(wide, [False, True, False, True, True])
     limit = np.where(wide, 2**31 - 1, 2**15 - 1)
     for head in (0, 1, 2, 4):
@@ -205,7 +243,8 @@ def test_codes_are_arranged_as_documented():
 
 @pytest.mark.parametrize("hash_code_len", range(1, 13))
 def test_tables_fit_and_slots_do_not_share_banks(hash_code_len):
-    plan = Plan(1, 9, 9, 64, 128, hash_code_len, np.dtype(np.float16), np.dtype(np.float16))
+    rows = Rows(1, 9, 1, 64, np.dtype(np.float16))
+    plan = Plan(rows, 9, rows.dtype, 128, hash_code_len)
     assert plan.groups_per_pass * plan.table_bytes <= 224 * 1024
     assert (8 * 2**hash_code_len - 1) * layout.code_scale(hash_code_len) < 2**16
     if hash_code_len <= 10:
@@ -216,11 +255,23 @@ def test_tables_fit_and_slots_do_not_share_banks(hash_code_len):
 
 
 @pytest.mark.parametrize(
-    ("num_blocks", "num_groups", "splits"),
-    [(2048, 4, 1), (132, 4, 1), (100, 4, 1), (64, 4, 2), (8, 4, 4), (8, 5, 5), (140, 4, 2)],
+    ("heads", "tokens", "one_kernel", "query_chunks", "key_chunks"),
+    [
+        (256, 1024, True, 1, 1),
+        (64, 4096, True, 1, 1),
+        (16, 16384, False, 4, 1),
+        (4, 65536, False, 16, 1),
+        (1, 2**18, False, 64, 4),
+        (1, 4096, False, 4, 4),
+        (1, 100, False, 1, 1),
+        (18, 4096, False, 2, 1),  # one kernel would need two waves for 144 blocks
+    ],
 )
-def test_splits_fill_the_gpu(num_blocks, num_groups, splits):
-    assert cumulation.choose_splits(num_blocks, num_groups) == splits
+def test_the_work_fills_the_gpu(heads, tokens, one_kernel, query_chunks, key_chunks):
+    rows = Rows(1, tokens, heads, 64, np.dtype(np.float16))
+    plan = Plan(rows, tokens, rows.dtype, 32, 9)
+    assert plan.takes_one_kernel == one_kernel
+    assert (plan.query_chunks, plan.key_chunks) == (query_chunks, key_chunks)
 
 
 def lower(fn, *arrays):
@@ -278,13 +329,14 @@ def test_importing_loads_no_gpu_dialects():
 
 
 GPU_SHAPES = [
-    # heads, T, S, hashes, bits, dimension, splits
-    (3, 1, 1, 1, 1, 16, 1),
-    (3, 1000, 777, 32, 9, 64, 1),
-    (3, 5000, 5001, 64, 9, 40, 1),
-    (2, 4096, 4096, 40, 10, 64, 5),
-    (2, 130, 1000, 5, 11, 16, 1),
-    (2, 6000, 130, 128, 12, 256, 1),
+    # heads, T, S, hashes, bits, dimension, one_kernel
+    (3, 1, 1, 1, 1, 16, None),
+    (3, 1000, 777, 32, 9, 64, True),
+    (3, 5000, 5001, 64, 9, 40, None),
+    (2, 4096, 4096, 40, 10, 64, True),
+    (2, 4096, 4096, 40, 10, 64, False),
+    (2, 130, 1000, 5, 11, 16, False),
+    (2, 6000, 130, 128, 12, 256, None),
 ]
 
 
@@ -292,11 +344,11 @@ GPU_SHAPES = [
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("case", GPU_SHAPES, ids=lambda case: "-".join(map(str, case)))
 def test_gpu_matches_float64(case, dtype):
-    *shape, splits = case
+    *shape, one_kernel = case
     arrays = random_case(*shape, dtype)
     from yoso_jax.kernels.mosaic_gpu import lane_mosaic
 
-    arguments = {"hash_code_len": shape[4], "kwargs": (("splits", splits),)}
+    arguments = {"hash_code_len": shape[4], "kwargs": (("one_kernel", one_kernel),)}
     out = run(*arrays, call=lane_mosaic.call, **arguments)
     error = {"bfloat16": BFLOAT16_ERROR, "float16": FLOAT16_ERROR, "float32": FLOAT32_ERROR}
     assert relative_error(out, reference(*arrays)) < error[out.dtype.name]
@@ -313,35 +365,28 @@ def test_gpu_agrees_with_numpy_bit_for_bit(num_queries):
     query_codes, key_codes, value = hard_heads()
     query_codes = jnp.asarray(np.resize(query_codes, (5, num_queries, 5)))
     key_codes = jnp.asarray(key_codes)
-    weights = np.random.default_rng(0).integers(0, 10**6, (5, 1000)).astype(np.int32)
     arrange = functools.partial(layout.arrange_codes, hash_code_len=9)
     query_codes, key_codes = arrange(query_codes, filler=0), arrange(key_codes, filler=1)
-    plan = Plan(
-        heads=5,
-        num_queries=num_queries,
-        num_keys=1000,
-        value_dim=16,
-        num_hashes=5,
-        hash_code_len=9,
-        value_dtype=value.dtype,
-        out_dtype=value.dtype,
-        num_warpgroups=1,
-    )
-    scale = np.array([300, 1000, 1, np.nan, 1000], np.float32)
-    scales = np.stack([scale, 1 / scale / 5], -1)
-    inputs = query_codes, key_codes, layout.split_columns(value, plan.width), scales
-    wide = np.array([0, 1, 0, 1, 1], np.int32)
-    for program, arrays in [
-        (cumulation.cumulation_program(plan), (*inputs, wide)),
-        (
-            fixed_point.largest_bucket_program(5, 1000, num_hashes=5, hash_code_len=9),
-            (key_codes, weights),
-        ),
-    ]:
+    queries, keys = (Rows(5, tokens, 1, 16, value.dtype) for tokens in (num_queries, 1000))
+    plan = Plan(queries, 1000, value.dtype, 5, 9, num_warpgroups=1)
+    value = value[:, :, None]
+
+    def check(program, *arrays):
+        """What NumPy computes, compared with the GPU."""
         expected = numpy_run(program, *arrays)
         actual = jax.jit(functools.partial(lane_mosaic.call, program))(*arrays)
         for a, b in zip(actual, expected, strict=True):
-            np.testing.assert_array_equal(np.asarray(a, np.float64), b.astype(np.float64))
+            if not program.incomplete:
+                np.testing.assert_array_equal(np.asarray(a, np.float64), b.astype(np.float64))
+        return expected
+
+    slices, weights, sums = check(values.slice_values_program(keys, 8), value)
+    search = fixed_point.largest_bucket_program(plan.buckets)
+    (bounds,) = check(search, key_codes, weights, sums)
+    arrays = key_codes, slices, bounds
+    check(cumulation.cumulation_program(plan), query_codes, *arrays)
+    (tables,) = check(cumulation.write_tables_program(plan), *arrays)
+    check(cumulation.read_tables_program(plan), query_codes, bounds, tables[:, :, 0])
 
 
 @pytest.mark.gpu

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from yoso_jax.kernels import dispatch
 from yoso_jax.kernels.checks import check_integer
 from yoso_jax.kernels.codes import BitLayout
 from yoso_jax.kernels.dispatch import Implementation
+from yoso_jax.kernels.xla import l2_normalize as l2_normalize
 
 type Backward = Literal["sampled", "expectation"]
 
@@ -53,7 +54,8 @@ def yoso_attention(
       mask: bool `[B, S]`, True for the keys to attend to. When T == S and `query_mask` is not
         given, it masks the queries also, as self-attention over padded rows needs.
       rng: key of the hashes; required unless `num_hashes` is None. The same key gives the same
-        hashes in every implementation and sharding. Batch rows and heads have their own.
+        hashes in every implementation and sharding, for arrays of the same dtype: projections are
+        rounded to it. Batch rows and heads have their own.
       num_hashes: number of hashes, at least 1, or None for the expectation.
       hash_code_len: bits of a hash, 1 to 16; more bits concentrate attention.
       query_mask: bool `[B, T]`, True for the queries that attend. Other rows of the result are
@@ -65,8 +67,11 @@ def yoso_attention(
       backward: gradients of query and key of a sampled forward pass: from the same hashes
         ("sampled"), or from the expectation, in quadratic time and with less noise.
       normalize: divide each row of the result by its l2 norm.
-      implementation: "xla", a sequence of names to try in order, or None for the best that
-        applies.
+      implementation: "mosaic_gpu", kernels for NVIDIA's Hopper GPUs; "xla", plain JAX for every
+        device; a sequence of names to try in order; or None for the best that applies. With None
+        and sequences, JAX's default device decides whether "mosaic_gpu" applies: name the
+        implementation to compile for another one. float32 sums of "mosaic_gpu" have about six
+        digits, others are rounded to the dtype of `query` also before they are normalised.
 
     Returns:
       `[B, T, N, D]` in the dtype of `query`. Rows that attend to nothing are zero.
@@ -74,6 +79,9 @@ def yoso_attention(
     Raises:
       ValueError: a shape, range or choice is not accepted, or `rng` is missing.
       TypeError: a dtype is not accepted.
+      NotImplementedError: the implementation named does not support the device, a shape, the dtype
+        or `num_hashes=None`. A device other than a GPU is refused when the computation is lowered,
+        so that it can be lowered for a GPU elsewhere.
     """
     query, key, value = map(jnp.asarray, (query, key, value))
     _check_arrays(query, key, value)
@@ -82,65 +90,81 @@ def yoso_attention(
     query_mask, key_mask = _masks(
         query, key, mask, query_mask, query_seq_lengths, key_value_seq_lengths
     )
-    dtype = query.dtype
-    # Masked rows are zeroed on the way in and out, so nothing in them, not even a NaN, reaches
-    # another row or a gradient.
-    query, key, value = (
-        _heads_first(x, mask)
-        for x, mask in ((query, query_mask), (key, key_mask), (value, key_mask))
-    )
     options = _Options(hash_code_len, backward, names)
-    unit_query, unit_key = l2_normalize(query), l2_normalize(key)
     if num_hashes is None:
-        out = _expectation(options, unit_query, unit_key, value)
+        out = _expectation(options, query, key, value, query_mask, key_mask)
     else:
         if rng is None:
             raise ValueError("rng is required unless num_hashes is None: pass a jax.random.key.")
         projection = sample_projection(
             rng,
-            query.shape[:2],
+            (query.shape[0], query.shape[2]),
             query.shape[-1],
             num_hashes=num_hashes,
             hash_code_len=hash_code_len,
             hash_fn=hash_fn,
             bit_layout=bit_layout,
         ).astype(query.dtype)
-        query_codes, key_codes = (
-            dispatch.call(
-                "hash_codes",
-                names,
-                jax.lax.stop_gradient(x),
-                projection,
-                hash_code_len=hash_code_len,
-            )
-            for x in (query, key)
-        )
-        out = _sampled(options, query_codes, key_codes, unit_query, unit_key, value)
-    if normalize:
-        out = l2_normalize(out)
-    out = jnp.swapaxes(out, 1, 2)
-    if query_mask is not None:
-        out = jnp.where(query_mask[..., None, None], out, 0)
-    return out.astype(dtype)
+        out = _sampled(options, query, key, value, projection, query_mask, key_mask)
+    return (l2_normalize(out) if normalize else out).astype(query.dtype)
 
 
-def l2_normalize(x: Float[Array, "..."], axis: int = -1, eps: float = 1e-12) -> Float[Array, "..."]:
-    """`x / max(|x|, eps)`, computed in float32, with gradient 0 where `|x| <= eps`.
+def sampled_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N D"],
+    projection: Float[Array, "B N H columns"],
+    query_mask: Bool[Array, "B T"] | None = None,
+    key_mask: Bool[Array, "B S"] | None = None,
+    *,
+    hash_code_len: int,
+    backward: Backward = "sampled",
+    implementation: Implementation = None,
+) -> Float[Array, "B T N D"]:
+    """What `yoso_attention` computes once its hashes are drawn, before it normalises rows.
 
     Args:
-      x: any shape, floating point.
-      axis: the axis of the norm.
-      eps: lower bound of the norm.
+      query: `[B, T, N, H]`, float32, bfloat16, float16 (or float64).
+      key: `[B, S, N, H]`, same dtype.
+      value: `[B, S, N, D]`, same dtype.
+      projection: from `hashing.sample_projection`, rounded to the dtype of `query`; a constant to
+        differentiation. Column `h * hash_code_len + i` is bit i of hash h.
+      query_mask: bool `[B, T]`, True for the queries that attend. Other rows of the result are
+        zero.
+      key_mask: bool `[B, S]`, True for the keys to attend to.
+      hash_code_len: bits of a hash, 1 to 16.
+      backward: as in `yoso_attention`.
+      implementation: as in `yoso_attention`.
 
     Returns:
-      The shape and dtype of `x`.
+      `[B, T, N, D]` in the dtype of `query`.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `yoso_attention`.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    squared = jnp.sum(wide * wide, axis, keepdims=True)
-    small = squared <= eps**2
-    norm = jnp.sqrt(jnp.where(small, 1, squared))
-    out = jnp.where(small, jax.lax.stop_gradient(wide) / eps, wide / norm)
-    return out.astype(x.dtype)
+    query, key, value, projection = map(jnp.asarray, (query, key, value, projection))
+    _check_arrays(query, key, value)
+    names = dispatch.resolve(implementation)
+    check_integer("hash_code_len", hash_code_len, 1, 16)
+    _check_choice("backward", backward, ("sampled", "expectation"))
+    batch, _, heads, head_dim = query.shape
+    columns = projection.shape[-1] if projection.ndim else 0
+    if (
+        projection.shape[:-1] != (batch, heads, head_dim)
+        or columns == 0
+        or columns % hash_code_len
+        or not jnp.issubdtype(projection.dtype, jnp.floating)
+    ):
+        raise ValueError(
+            f"projection must be floating point of shape [B={batch}, N={heads}, H={head_dim}, "
+            f"num_hashes * {hash_code_len}], got {projection.dtype} of shape {projection.shape}."
+        )
+    query_mask = _check_mask("query_mask", query_mask, query)
+    key_mask = _check_mask("key_mask", key_mask, key)
+    options = _Options(hash_code_len, backward, names)
+    projection = projection.astype(query.dtype)
+    out = _sampled(options, query, key, value, projection, query_mask, key_mask)
+    return out.astype(query.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,84 +175,73 @@ class _Options:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _expectation(options: _Options, query: Array, key: Array, value: Array) -> Array:
+def _expectation(options: _Options, *args: Any) -> Array:
+    """`E v` of query, key, value and their masks; at least float32, or in the dtype of `value`."""
     return dispatch.call(
-        "expectation",
-        options.implementations,
-        query,
-        key,
-        value,
-        hash_code_len=options.hash_code_len,
+        "expectation", options.implementations, *args, hash_code_len=options.hash_code_len
     )
 
 
-def _expectation_fwd(options: _Options, *args: Array) -> tuple:
+def _expectation_fwd(options: _Options, *args: Any) -> tuple:
     return _expectation(options, *args), args
 
 
 def _expectation_bwd(options: _Options, residuals: tuple, grad_out: Array) -> tuple:
-    return dispatch.call(
+    grads = dispatch.call(
         "expectation_backward",
         options.implementations,
         *residuals,
         grad_out,
         hash_code_len=options.hash_code_len,
     )
+    return *grads, None, None
 
 
 _expectation.defvjp(_expectation_fwd, _expectation_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sampled(
+def _sampled(options: _Options, *args: Any) -> Array:
+    """`B v` of query, key, value, projection and masks; dtypes as those of `_expectation`."""
+    return _sampled_fwd(options, *args)[0]
+
+
+def _sampled_fwd(
     options: _Options,
-    query_codes: Array,
-    key_codes: Array,
     query: Array,
     key: Array,
     value: Array,
-) -> Array:
-    """`B v`; the unit query and key only receive gradients."""
-    del query, key
-    return dispatch.call(
-        "lsh_cumulation",
+    projection: Array,
+    query_mask: Array | None,
+    key_mask: Array | None,
+) -> tuple:
+    out, codes = dispatch.call(
+        "sampled",
         options.implementations,
-        query_codes,
-        key_codes,
+        query,
+        key,
         value,
+        projection,
+        query_mask,
+        key_mask,
         hash_code_len=options.hash_code_len,
     )
-
-
-def _sampled_fwd(options: _Options, *args: Array) -> tuple:
-    return _sampled(options, *args), args
+    return out, (codes, query, key, value, query_mask, key_mask)
 
 
 def _sampled_bwd(options: _Options, residuals: tuple, grad_out: Array) -> tuple:
-    call = functools.partial(dispatch.call, hash_code_len=options.hash_code_len)
-    names = options.implementations
-    query_codes, key_codes, query, key, value = residuals
-    if options.backward == "sampled":
-        grads = call("sampled_backward", names, *residuals, grad_out)
-    else:
-        grad_query, grad_key, _ = call("expectation_backward", names, query, key, value, grad_out)
-        grads = (
-            grad_query,
-            grad_key,
-            call("lsh_cumulation", names, key_codes, query_codes, grad_out),
-        )
-    return None, None, *grads
+    grads = dispatch.call(
+        "sampled_backward",
+        options.implementations,
+        *residuals,
+        grad_out,
+        hash_code_len=options.hash_code_len,
+        backward=options.backward,
+    )
+    return *grads, None, None, None
 
 
 _sampled.defvjp(_sampled_fwd, _sampled_bwd)
-
-
-def _heads_first(x: Array, mask: Array | None) -> Array:
-    """`[B, T, N, H]` to `[B, N, T, H]` in at least float32, masked rows zero."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if mask is not None:
-        x = jnp.where(mask[..., None, None], x, 0)
-    return jnp.swapaxes(x, 1, 2)
 
 
 def _check_arrays(query: Array, key: Array, value: Array) -> None:
@@ -264,13 +277,26 @@ def _check_choices(
     if num_hashes is not None:
         check_integer("num_hashes, unless it is None,", num_hashes, 1)
     check_integer("hash_code_len", hash_code_len, 1, 16)
-    for name, choice, accepted in (
-        ("hash_fn", hash_fn, ("gaussian", "fast")),
-        ("bit_layout", bit_layout, ("spread", "block")),
-        ("backward", backward, ("sampled", "expectation")),
-    ):
-        if choice not in accepted:
-            raise ValueError(f"{name} must be {accepted[0]!r} or {accepted[1]!r}, got {choice!r}.")
+    _check_choice("hash_fn", hash_fn, ("gaussian", "fast"))
+    _check_choice("bit_layout", bit_layout, ("spread", "block"))
+    _check_choice("backward", backward, ("sampled", "expectation"))
+
+
+def _check_choice(name: str, choice: str, accepted: tuple[str, str]) -> None:
+    if choice not in accepted:
+        raise ValueError(f"{name} must be {accepted[0]!r} or {accepted[1]!r}, got {choice!r}.")
+
+
+def _check_mask(name: str, mask: Array | None, x: Array) -> Array | None:
+    """A mask of the tokens of `x`."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if mask.dtype != bool:
+        raise TypeError(f"{name} must be bool (True: attend), got {mask.dtype}.")
+    if mask.shape != x.shape[:2]:
+        raise ValueError(f"{name} must have shape {x.shape[:2]}, got {mask.shape}.")
+    return mask
 
 
 def _masks(
@@ -283,35 +309,28 @@ def _masks(
 ) -> tuple[Array | None, Array | None]:
     """Masks of the queries and of the keys, None where all take part."""
     batch, num_queries, num_keys = query.shape[0], query.shape[1], key.shape[1]
-    mask, query_mask, query_seq_lengths, key_value_seq_lengths = (
-        None if x is None else jnp.asarray(x)
-        for x in (mask, query_mask, query_seq_lengths, key_value_seq_lengths)
-    )
-    if mask is not None and mask.ndim != 2:
+    if mask is not None and jnp.ndim(mask) != 2:
         raise ValueError(
             f"mask must be [B, S] = {(batch, num_keys)}, True for keys to attend to, got shape "
-            f"{mask.shape}. Masks of single pairs [B, N, T, S] cannot be used: keys are summed in "
-            f"buckets that all queries share."
+            f"{jnp.shape(mask)}. Masks of single pairs [B, N, T, S] cannot be used: keys are "
+            f"summed in buckets that all queries share."
         )
     if mask is not None and query_mask is None and num_queries == num_keys:
         query_mask = mask
     masks = []
-    for name, given, lengths, tokens in (
-        ("query", query_mask, query_seq_lengths, num_queries),
-        ("key_value", mask, key_value_seq_lengths, num_keys),
+    for mask_name, given, name, lengths, x in (
+        ("query_mask", query_mask, "query_seq_lengths", query_seq_lengths, query),
+        ("mask", mask, "key_value_seq_lengths", key_value_seq_lengths, key),
     ):
-        mask_name = "query_mask" if name == "query" else "mask"
-        if given is not None and given.dtype != bool:
-            raise TypeError(f"{mask_name} must be bool (True: attend), got {given.dtype}.")
-        if given is not None and given.shape != (batch, tokens):
-            raise ValueError(f"{mask_name} must have shape {(batch, tokens)}, got {given.shape}.")
+        given = _check_mask(mask_name, given, x)
         if lengths is not None:
+            lengths = jnp.asarray(lengths)
             if not jnp.issubdtype(lengths.dtype, jnp.integer) or lengths.shape != (batch,):
                 raise ValueError(
-                    f"{name}_seq_lengths must be integers of shape {(batch,)}, got "
-                    f"{lengths.dtype} of shape {lengths.shape}."
+                    f"{name} must be integers of shape {(batch,)}, got {lengths.dtype} of shape "
+                    f"{lengths.shape}."
                 )
-            within = jnp.arange(tokens) < lengths[:, None]
+            within = jnp.arange(x.shape[1]) < lengths[:, None]
             given = within if given is None else given & within
         masks.append(given)
     return masks[0], masks[1]

@@ -85,10 +85,15 @@ def attend_backward(
     key: Float[Array, "*batch S H"],
     value: Float[Array, "*batch S D"],
     grad_out: Float[Array, "*batch T D"],
-) -> tuple[Float[Array, "*batch T H"], Float[Array, "*batch S H"], Float[Array, "*batch S D"]]:
+    *,
+    with_value: bool = True,
+) -> tuple[
+    Float[Array, "*batch T H"], Float[Array, "*batch S H"], Float[Array, "*batch S D"] | None
+]:
     """`W k`, `W^T q` and `weights^T g`, with `W = weights * (g v^T)`; weights are recomputed.
 
-    Padded tokens have value or cotangent zero and so contribute nothing.
+    Padded tokens have value or cotangent zero and so contribute nothing. The third is None unless
+    `with_value`.
     """
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     block_q, block_k = min(_BLOCK, num_queries), min(_BLOCK, num_keys)
@@ -98,25 +103,24 @@ def attend_backward(
     def one_query_block(carry: Any, block: Any) -> tuple[Any, Array]:
         query_features, query, grad_out = block
 
-        def one_key_block(grad_query: Array, block: Any) -> tuple[Array, tuple[Array, Array]]:
+        def one_key_block(grad_query: Array, block: Any) -> tuple[Array, tuple[Array, ...]]:
             key_features, key, value = block
             weights = weight_fn(query_features, key_features)
             pair = weights * matmul("...td,...sd->...ts", grad_out, value)
-            grad_key = matmul("...ts,...th->...sh", pair, query)
-            grad_value = matmul("...ts,...td->...sd", weights, grad_out)
-            return grad_query + matmul("...ts,...sh->...th", pair, key), (
-                grad_key,
-                grad_value,
-            )
+            parts = (matmul("...ts,...th->...sh", pair, query),)
+            if with_value:
+                parts += (matmul("...ts,...td->...sd", weights, grad_out),)
+            return grad_query + matmul("...ts,...sh->...th", pair, key), parts
 
         start = zeros(query.shape, query.dtype, block, keys)
         grad_query, parts = lax.scan(one_key_block, start, keys)
         return jax.tree.map(jnp.add, carry, parts), grad_query
 
-    start = tuple(zeros(x.shape, x.dtype, queries, keys) for x in keys[1:])
-    (grad_key, grad_value), grad_query = lax.scan(one_query_block, start, queries)
+    sums = keys[1:] if with_value else keys[1:2]
+    start = tuple(zeros(x.shape, x.dtype, queries, keys) for x in sums)
+    (grad_key, *grad_value), grad_query = lax.scan(one_query_block, start, queries)
     return (
         merge(grad_query, num_queries),
         merge(grad_key, num_keys),
-        merge(grad_value, num_keys),
+        merge(grad_value[0], num_keys) if with_value else None,
     )

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from yoso_jax.kernels import dispatch
 from yoso_jax.kernels.checks import check_integer
 from yoso_jax.kernels.dispatch import Implementation
+from yoso_jax.kernels.xla import mask_rows, widen
 
 
 def lsh_cumulation(
@@ -34,7 +35,8 @@ def lsh_cumulation(
       hash_code_len: bits of a code, 1 to 16.
       query_mask: True for the queries that attend; the rows of others are zero.
       key_mask: True for the keys that are attended to.
-      implementation: "xla", a sequence of names to try, or None for the best that applies.
+      implementation: "mosaic_gpu" (Hopper GPUs), "xla", a sequence of names to try, or None for the
+        best that applies, see `yoso_attention`.
 
     Returns:
       `[..., T, D]` in the dtype of `value`.
@@ -43,14 +45,15 @@ def lsh_cumulation(
       ValueError: shapes do not agree, codes are out of range (where their values are concrete),
         hash_code_len or implementation is not one of the accepted values.
       TypeError: codes are not integers, or value is not floating point.
+      NotImplementedError: the implementation named does not support the device, a shape or a dtype.
     """
     query_codes, key_codes, value = map(jnp.asarray, (query_codes, key_codes, value))
     names = _check(query_codes, key_codes, value, hash_code_len, implementation)
     # Narrower integers could not index the tables of all batch rows.
     query_codes, key_codes = query_codes.astype(jnp.int32), key_codes.astype(jnp.int32)
-    wide = _mask_rows(_widen(value), key_mask, "key_mask")
-    out = _cumulation(hash_code_len, names, query_codes, key_codes, wide)
-    return _mask_rows(out, query_mask, "query_mask").astype(value.dtype)
+    query_mask = _check_mask("query_mask", query_mask, query_codes)
+    key_mask = _check_mask("key_mask", key_mask, key_codes)
+    return _cumulation(hash_code_len, names, query_codes, key_codes, value, query_mask, key_mask)
 
 
 def lsh_weighted_cumulation(
@@ -86,7 +89,7 @@ def lsh_weighted_cumulation(
       `[..., T, D]` in the dtype of `value`.
 
     Raises:
-      ValueError, TypeError: as `lsh_cumulation`.
+      ValueError, TypeError, NotImplementedError: as `lsh_cumulation`.
     """
     query_codes, key_codes, value = map(jnp.asarray, (query_codes, key_codes, value))
     query_weight, key_weight = map(jnp.asarray, (query_weight, key_weight))
@@ -104,26 +107,24 @@ def lsh_weighted_cumulation(
                 f"{name} must have shape {(*codes.shape[:-1], query_weight.shape[-1])}, "
                 f"got {weight.shape}."
             )
-    wide = _mask_rows(_widen(value), key_mask, "key_mask")
-    query_weight = _widen(query_weight).astype(wide.dtype)
-    key_weight = _mask_rows(_widen(key_weight).astype(wide.dtype), key_mask, "key_mask")
+    query_mask = _check_mask("query_mask", query_mask, query_codes)
+    key_mask = _check_mask("key_mask", key_mask, key_codes)
+    wide = mask_rows(widen(value), key_mask)
+    query_weight = query_weight.astype(wide.dtype)
+    key_weight = mask_rows(key_weight.astype(wide.dtype), key_mask)
     out = _weighted(hash_code_len, names, query_codes, key_codes, query_weight, key_weight, wide)
-    return _mask_rows(out, query_mask, "query_mask").astype(value.dtype)
+    return mask_rows(out, query_mask).astype(value.dtype)
 
 
-def _widen(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _mask_rows(x: Array, mask: Array | None, name: str) -> Array:
+def _check_mask(name: str, mask: Array | None, codes: Array) -> Array | None:
     if mask is None:
-        return x
+        return None
     mask = jnp.asarray(mask)
     if mask.dtype != bool:
         raise TypeError(f"{name} must be bool (True: attend), got {mask.dtype}.")
-    if mask.shape != x.shape[:-1]:
-        raise ValueError(f"{name} must have shape {x.shape[:-1]}, got {mask.shape}.")
-    return jnp.where(mask[..., None], x, 0)
+    if mask.shape != codes.shape[:-1]:
+        raise ValueError(f"{name} must have shape {codes.shape[:-1]}, got {mask.shape}.")
+    return mask
 
 
 def _check(
@@ -169,6 +170,8 @@ def _cumulation(
     query_codes: Array,
     key_codes: Array,
     value: Array,
+    query_mask: Array | None,
+    key_mask: Array | None,
 ) -> Array:
     return dispatch.call(
         "lsh_cumulation",
@@ -176,23 +179,32 @@ def _cumulation(
         query_codes,
         key_codes,
         value,
+        query_mask,
+        key_mask,
         hash_code_len=hash_code_len,
     )
 
 
-def _cumulation_fwd(hash_code_len: int, names: tuple[str, ...], *args: Array) -> tuple:
-    return _cumulation(hash_code_len, names, *args), args[:2]
+def _cumulation_fwd(
+    hash_code_len: int,
+    names: tuple[str, ...],
+    query_codes: Array,
+    key_codes: Array,
+    value: Array,
+    *masks: Array | None,
+) -> tuple:
+    out = _cumulation(hash_code_len, names, query_codes, key_codes, value, *masks)
+    return out, (query_codes, key_codes, *masks)
 
 
 def _cumulation_bwd(
     hash_code_len: int, names: tuple[str, ...], residuals: tuple, grad_out: Array
 ) -> tuple:
-    query_codes, key_codes = residuals
-    return (
-        None,
-        None,
-        _cumulation(hash_code_len, names, key_codes, query_codes, grad_out),
+    query_codes, key_codes, query_mask, key_mask = residuals
+    grad_value = _cumulation(
+        hash_code_len, names, key_codes, query_codes, grad_out, key_mask, query_mask
     )
+    return None, None, grad_value, None, None
 
 
 _cumulation.defvjp(_cumulation_fwd, _cumulation_bwd)

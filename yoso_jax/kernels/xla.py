@@ -1,267 +1,207 @@
 """The operations in plain JAX, for every backend, in memory linear in the number of tokens.
 
-Arrays are float32 (or float64) and have any leading dimensions; validation, masks, dtypes and
-differentiation are the callers'.
+Attention comes in the layout and dtypes of `yoso_attention`, with its masks. Inside and in its
+results numbers are float32 (or float64). Validation and differentiation are the callers'.
 """
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from yoso_jax.kernels import blocked
+from yoso_jax.kernels import blocked, collisions
 from yoso_jax.kernels.codes import hash_codes
-
-__all__ = [
-    "expectation",
-    "expectation_backward",
-    "hash_codes",
-    "lsh_cumulation",
-    "lsh_weighted_cumulation",
-    "sampled_backward",
-]
-
-# Hashes whose comparisons are fused into one pass over a block of pairs.
-_FUSED_HASHES = 8
-# Weighted cumulation visits T * S pairs, or fills W tables for each of T + S tokens and each hash.
-# Pairs are matrix products and win until sequences are long: with 32 hashes and head dimension 64,
-# up to 16,384 tokens on an H100 (what the ratio below says), up to about 5,000 on a CPU.
-_PAIRS_PER_TOKEN = 8192
-# Elements of a one-hot block on TPUs.
-_ONE_HOT_ELEMENTS = 2**22
-
-# Abramowitz and Stegun 4.4.46, arccos(x) = sqrt(1 - x) * polynomial(x) + e, |e| < 2e-8, x in [0, 1]
-_ARCCOS = (
-    1.5707963050,
-    -0.2145988016,
-    0.0889789874,
-    -0.0501743046,
-    0.0308918810,
-    -0.0170881256,
-    0.0066700901,
-    -0.0012624911,
-)
+from yoso_jax.kernels.collisions import lsh_weighted_cumulation as lsh_weighted_cumulation
 
 
-def collision_probability(
-    cosine: Float[Array, "*shape"], hash_code_len: int
-) -> Float[Array, "*shape"]:
-    """`(1 - arccos(cosine) / pi) ** hash_code_len`; cosines beyond +-1 by rounding are clipped.
+def widen(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """At least float32."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
-    In float32 the arccosine is a polynomial, as accurate as the library's and 40 times faster on a
-    CPU.
+
+def mask_rows(
+    x: Float[Array, "*rows D"], mask: Bool[Array, "*rows"] | None
+) -> Float[Array, "*rows D"]:
+    """Zeros in the rows that are not True in `mask`, whatever stood there, even NaN."""
+    return x if mask is None else jnp.where(mask[..., None], x, 0)
+
+
+def l2_normalize(x: Float[Array, "..."], axis: int = -1, eps: float = 1e-12) -> Float[Array, "..."]:
+    """`x / max(|x|, eps)`, computed in float32, with gradient 0 where `|x| <= eps`.
+
+    Args:
+      x: any shape, floating point.
+      axis: the axis of the norm.
+      eps: lower bound of the norm.
+
+    Returns:
+      The shape and dtype of `x`.
     """
-    if cosine.dtype == jnp.float64:
-        probability = 1 - jnp.arccos(jnp.clip(cosine, -1, 1)) / jnp.pi
-    else:
-        magnitude = jnp.minimum(jnp.abs(cosine), 1)
-        polynomial = functools.reduce(lambda acc, c: acc * magnitude + c, reversed(_ARCCOS), 0.0)
-        angle = polynomial * jnp.sqrt(1 - magnitude) / jnp.pi
-        probability = jnp.where(cosine >= 0, 1 - angle, angle)
-    return lax.integer_pow(probability, hash_code_len)
-
-
-def _probability_fn(hash_code_len: int) -> blocked.WeightFn:
-    def weights(query: Array, key: Array) -> Array:
-        cosine = blocked.matmul("...th,...sh->...ts", query, key)
-        return collision_probability(cosine, hash_code_len)
-
-    return weights
-
-
-def expectation(
-    query: Float[Array, "*batch T H"],
-    key: Float[Array, "*batch S H"],
-    value: Float[Array, "*batch S D"],
-    *,
-    hash_code_len: int,
-) -> Float[Array, "*batch T D"]:
-    """`E v` for unit query and key."""
-    return blocked.attend(_probability_fn(hash_code_len), query, key, value)
-
-
-def expectation_backward(
-    query: Float[Array, "*batch T H"],
-    key: Float[Array, "*batch S H"],
-    value: Float[Array, "*batch S D"],
-    grad_out: Float[Array, "*batch T D"],
-    *,
-    hash_code_len: int,
-) -> tuple[Float[Array, "*batch T H"], Float[Array, "*batch S H"], Float[Array, "*batch S D"]]:
-    """Surrogate gradients of `expectation`, as `reference.surrogate_gradients` defines them."""
-    grad_query, grad_key, grad_value = blocked.attend_backward(
-        _probability_fn(hash_code_len), query, key, query, key, value, grad_out
-    )
-    return hash_code_len / 2 * grad_query, hash_code_len / 2 * grad_key, grad_value
-
-
-def _bucket_sum(codes: Int[Array, "*batch S"], value: Array, num_buckets: int) -> Array:
-    """Sums the rows of value by code: `[..., S], [..., S, D] -> [..., num_buckets, D]`."""
-
-    def scatter(codes: Array, value: Array) -> Array:
-        rows = value.reshape(-1, value.shape[-1])
-        index = codes.reshape(-1, codes.shape[-1])
-        index += num_buckets * jnp.arange(index.shape[0], dtype=index.dtype)[:, None]
-        table = jnp.zeros((index.shape[0] * num_buckets, rows.shape[-1]), rows.dtype)
-        table = table.at[index.reshape(-1)].add(rows, mode="drop")
-        return table.reshape(*codes.shape[:-1], num_buckets, rows.shape[-1])
-
-    def one_hot(codes: Array, value: Array) -> Array:
-        def add_block(table: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
-            codes, value = block
-            hot = jax.nn.one_hot(codes[..., 0], num_buckets, dtype=value.dtype)
-            return table + blocked.matmul("...sb,...sd->...bd", hot, value), None
-
-        size = _one_hot_block(codes.shape, num_buckets)
-        blocks = blocked.split(codes[..., None], size), blocked.split(value, size)
-        shape = (*codes.shape[:-1], num_buckets, value.shape[-1])
-        table = blocked.zeros(shape, value.dtype, codes, value)
-        return lax.scan(add_block, table, blocks)[0]
-
-    # TPUs scatter row by row, but multiply matrices fast.
-    return lax.platform_dependent(codes, value, tpu=one_hot, default=scatter)
-
-
-def _bucket_read(codes: Int[Array, "*batch T"], table: Array) -> Array:
-    """Reads a row a token: `[..., T], [..., num_buckets, D] -> [..., T, D]`."""
-
-    def gather(codes: Array, table: Array) -> Array:
-        num_buckets, width = table.shape[-2:]
-        index = codes.reshape(-1, codes.shape[-1])
-        index += num_buckets * jnp.arange(index.shape[0], dtype=index.dtype)[:, None]
-        rows = table.reshape(-1, width).at[index.reshape(-1)].get(mode="fill", fill_value=0)
-        return rows.reshape(*codes.shape, width)
-
-    def one_hot(codes: Array, table: Array) -> Array:
-        def one_block(codes: Array) -> Array:
-            hot = jax.nn.one_hot(codes[..., 0], table.shape[-2], dtype=table.dtype)
-            return blocked.matmul("...tb,...bd->...td", hot, table)
-
-        size = _one_hot_block(codes.shape, table.shape[-2])
-        rows = lax.map(one_block, blocked.split(codes[..., None], size))
-        return blocked.merge(rows, codes.shape[-1])
-
-    return lax.platform_dependent(codes, table, tpu=one_hot, default=gather)
-
-
-def _one_hot_block(codes_shape: tuple[int, ...], num_buckets: int) -> int:
-    heads = max(1, functools.reduce(int.__mul__, codes_shape[:-1], 1))
-    return min(codes_shape[-1], max(8, _ONE_HOT_ELEMENTS // (heads * num_buckets)))
+    wide = widen(x)
+    squared = jnp.sum(wide * wide, axis, keepdims=True)
+    small = squared <= eps**2
+    norm = jnp.sqrt(jnp.where(small, 1, squared))
+    out = jnp.where(small, jax.lax.stop_gradient(wide) / eps, wide / norm)
+    return out.astype(x.dtype)
 
 
 def lsh_cumulation(
     query_codes: Int[Array, "*batch T m"],
     key_codes: Int[Array, "*batch S m"],
     value: Float[Array, "*batch S D"],
+    query_mask: Bool[Array, "*batch T"] | None,
+    key_mask: Bool[Array, "*batch S"] | None,
     *,
     hash_code_len: int,
 ) -> Float[Array, "*batch T D"]:
-    """`B v`: for each hash, value rows are added into `2**hash_code_len` buckets and read back."""
-
-    def add_hash(out: Array, codes: tuple[Array, Array]) -> tuple[Array, None]:
-        query_codes, key_codes = codes
-        table = _bucket_sum(key_codes, value, 2**hash_code_len)
-        return out + _bucket_read(query_codes, table), None
-
-    shape = (*query_codes.shape[:-1], value.shape[-1])
-    out = blocked.zeros(shape, value.dtype, query_codes, key_codes, value)
-    codes = jnp.moveaxis(query_codes, -1, 0), jnp.moveaxis(key_codes, -1, 0)
-    return lax.scan(add_hash, out, codes)[0] / query_codes.shape[-1]
+    """`B v` with zero rows for masked queries and without masked keys, in the dtype of `value`."""
+    wide = mask_rows(widen(value), key_mask)
+    out = collisions.lsh_cumulation(query_codes, key_codes, wide, hash_code_len=hash_code_len)
+    return mask_rows(out, query_mask).astype(value.dtype)
 
 
-def _collision_fractions(
-    query_codes: Array, key_codes: Array, num_hashes: int, dtype: jnp.dtype
-) -> Array:
-    """Fraction of equal codes for a block of pairs, from 16-bit codes of `_narrow`."""
-    counter = jnp.int16 if num_hashes < 2**15 else jnp.int32
-
-    def by_group(codes: Array) -> Array:
-        codes = jnp.moveaxis(codes, -1, 0)
-        return codes.reshape(-1, _FUSED_HASHES, *codes.shape[1:])
-
-    def add_group(count: Array, codes: tuple[Array, Array]) -> tuple[Array, None]:
-        equal = codes[0][..., :, None] == codes[1][..., None, :]
-        for i in range(_FUSED_HASHES):  # unrolled: XLA then fuses the eight into one pass
-            count += equal[i].astype(counter)
-        return count, None
-
-    shape = (*query_codes.shape[:-1], key_codes.shape[-2])
-    groups = by_group(query_codes), by_group(key_codes)
-    count = lax.scan(add_group, blocked.zeros(shape, counter, groups), groups)[0]
-    return count.astype(dtype) / num_hashes
+def heads_first(
+    x: Float[Array, "B T N H"], mask: Bool[Array, "B T"] | None
+) -> Float[Array, "B N T H"]:
+    """In at least float32, masked rows zero."""
+    return jnp.swapaxes(_mask_tokens(widen(x), mask), 1, 2)
 
 
-def _narrow(codes: Array, filler: int) -> Array:
-    """16-bit codes (fast to compare), with hashes of value `filler` up to a multiple of eight."""
-    pad = -codes.shape[-1] % _FUSED_HASHES
-    widths = [(0, 0)] * (codes.ndim - 1) + [(0, pad)]
-    return jnp.pad(codes.astype(jnp.uint16), widths, constant_values=filler)
+def tokens_first(
+    x: Float[Array, "B N T H"], mask: Bool[Array, "B T"] | None
+) -> Float[Array, "B T N H"]:
+    """The layout of attention again, masked rows zero."""
+    return _mask_tokens(jnp.swapaxes(x, 1, 2), mask)
 
 
-def _takes_pairs(num_queries: int, num_keys: int) -> bool:
-    return num_queries * num_keys <= _PAIRS_PER_TOKEN * (num_queries + num_keys)
+def _mask_tokens(x: Array, mask: Array | None) -> Array:
+    return x if mask is None else jnp.where(mask[..., None, None], x, 0)
 
 
-def lsh_weighted_cumulation(
-    query_codes: Int[Array, "*batch T m"],
-    key_codes: Int[Array, "*batch S m"],
-    query_weight: Float[Array, "*batch T W"],
-    key_weight: Float[Array, "*batch S W"],
-    value: Float[Array, "*batch S D"],
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["query", "key"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """What `sampled` keeps for its backward pass: codes as they are, int32 `[B, N, tokens, m]`."""
+
+    query: Array
+    key: Array
+
+
+def sampled(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N D"],
+    projection: Float[Array, "B N H columns"],
+    query_mask: Bool[Array, "B T"] | None,
+    key_mask: Bool[Array, "B S"] | None,
     *,
     hash_code_len: int,
-) -> Float[Array, "*batch T D"]:
-    """`(B * (query_weight key_weight^T)) v`, over pairs or, for long sequences, W tables a hash."""
-    if _takes_pairs(query_codes.shape[-2], key_codes.shape[-2]):
-        num_hashes = query_codes.shape[-1]
-
-        def weights(query: tuple[Array, Array], key: tuple[Array, Array]) -> Array:
-            product = blocked.matmul("...tw,...sw->...ts", query[1], key[1])
-            return product * _collision_fractions(query[0], key[0], num_hashes, value.dtype)
-
-        query = _narrow(query_codes, 0), query_weight
-        return blocked.attend(weights, query, (_narrow(key_codes, 1), key_weight), value)
-
-    def add_column(out: Array, weight: tuple[Array, Array]) -> tuple[Array, None]:
-        query_weight, key_weight = weight
-        scaled = value * key_weight[..., None]
-        total = lsh_cumulation(query_codes, key_codes, scaled, hash_code_len=hash_code_len)
-        return out + query_weight[..., None] * total, None
-
-    shape = (*query_codes.shape[:-1], value.shape[-1])
-    inputs = query_codes, key_codes, query_weight, key_weight, value
-    out = blocked.zeros(shape, value.dtype, inputs)
-    columns = jnp.moveaxis(query_weight, -1, 0), jnp.moveaxis(key_weight, -1, 0)
-    return lax.scan(add_column, out, columns)[0]
+) -> tuple[Float[Array, "B T N D"], Codes]:
+    """`B v` for the hashes of `projection`, in float32, and the codes."""
+    codes = Codes(
+        *(
+            hash_codes(heads_first(x, mask), widen(projection), hash_code_len=hash_code_len)
+            for x, mask in ((query, query_mask), (key, key_mask))
+        )
+    )
+    value = heads_first(value, key_mask)
+    out = collisions.lsh_cumulation(codes.query, codes.key, value, hash_code_len=hash_code_len)
+    return tokens_first(out, query_mask), codes
 
 
 def sampled_backward(
-    query_codes: Int[Array, "*batch T m"],
-    key_codes: Int[Array, "*batch S m"],
-    query: Float[Array, "*batch T H"],
-    key: Float[Array, "*batch S H"],
-    value: Float[Array, "*batch S D"],
-    grad_out: Float[Array, "*batch T D"],
+    codes: object,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N D"],
+    query_mask: Bool[Array, "B T"] | None,
+    key_mask: Bool[Array, "B S"] | None,
+    grad_out: Float[Array, "B T N D"],
     *,
     hash_code_len: int,
-) -> tuple[Float[Array, "*batch T H"], Float[Array, "*batch S H"], Float[Array, "*batch S D"]]:
-    """Surrogate gradients of `lsh_cumulation` for unit query and key, with the same collisions."""
-    if _takes_pairs(query.shape[-2], key.shape[-2]):
-        num_hashes = query_codes.shape[-1]
-        grad_query, grad_key, grad_value = blocked.attend_backward(
-            lambda q, k: _collision_fractions(q, k, num_hashes, value.dtype),
-            _narrow(query_codes, 0),
-            _narrow(key_codes, 1),
-            query,
-            key,
-            value,
-            grad_out,
-        )
-    else:
-        weighted = functools.partial(lsh_weighted_cumulation, hash_code_len=hash_code_len)
-        grad_query = weighted(query_codes, key_codes, grad_out, value, key)
-        grad_key = weighted(key_codes, query_codes, value, grad_out, query)
-        grad_value = lsh_cumulation(key_codes, query_codes, grad_out, hash_code_len=hash_code_len)
-    return hash_code_len / 2 * grad_query, hash_code_len / 2 * grad_key, grad_value
+    backward: str,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N D"]]:
+    """Gradients of `sampled`; those of query and key from its hashes, or from the expectation."""
+    if not isinstance(codes, Codes):
+        raise NotImplementedError(f"xla made no codes of type {type(codes).__name__}.")
+    args = query, key, value, query_mask, key_mask, grad_out
+    if backward == "sampled":
+        return surrogate_gradients(codes, *args, hash_code_len=hash_code_len)
+    grads = surrogate_gradients(None, *args, hash_code_len=hash_code_len, with_value=False)
+    grad_value = collisions.lsh_cumulation(
+        codes.key, codes.query, heads_first(grad_out, query_mask), hash_code_len=hash_code_len
+    )
+    return *grads[:2], tokens_first(grad_value, key_mask).astype(value.dtype)
+
+
+def expectation(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N D"],
+    query_mask: Bool[Array, "B T"] | None,
+    key_mask: Bool[Array, "B S"] | None,
+    *,
+    hash_code_len: int,
+) -> Float[Array, "B T N D"]:
+    """`E v`, in float32."""
+    query, key = _unit(query, query_mask), _unit(key, key_mask)
+    value = heads_first(value, key_mask)
+    probability = collisions.probability_fn(hash_code_len)
+    out = blocked.attend(probability, query, key, value)
+    return tokens_first(out, query_mask)
+
+
+def expectation_backward(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N D"],
+    query_mask: Bool[Array, "B T"] | None,
+    key_mask: Bool[Array, "B S"] | None,
+    grad_out: Float[Array, "B T N D"],
+    *,
+    hash_code_len: int,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N D"]]:
+    """Gradients of `expectation`."""
+    args = query, key, value, query_mask, key_mask, grad_out
+    return surrogate_gradients(None, *args, hash_code_len=hash_code_len)
+
+
+def surrogate_gradients(
+    codes: Codes | None,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N D"],
+    query_mask: Bool[Array, "B T"] | None,
+    key_mask: Bool[Array, "B S"] | None,
+    grad_out: Float[Array, "B T N D"],
+    *,
+    hash_code_len: int,
+    with_value: bool = True,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Any]:
+    """Gradients over the collisions in `codes`, or over the expected ones.
+
+    That of value is None unless `with_value`.
+    """
+    gradients = collisions.expectation_gradients
+    if codes is not None:
+        gradients = functools.partial(collisions.collision_gradients, codes.query, codes.key)
+    units, unit_vjp = jax.vjp(
+        lambda query, key: (_unit(query, query_mask), _unit(key, key_mask)), query, key
+    )
+    *grad_units, grad_value = gradients(
+        *units,
+        heads_first(value, key_mask),
+        heads_first(grad_out, query_mask),
+        hash_code_len=hash_code_len,
+        with_value=with_value,
+    )
+    if grad_value is not None:
+        grad_value = tokens_first(grad_value, key_mask).astype(value.dtype)
+    return *unit_vjp(tuple(grad_units)), grad_value
+
+
+def _unit(x: Array, mask: Array | None) -> Array:
+    return l2_normalize(heads_first(x, mask))

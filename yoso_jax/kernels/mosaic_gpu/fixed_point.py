@@ -3,24 +3,35 @@
 The cumulation adds values as integers, `round(value * scale)`. Sums then do not depend on the
 order, and shared memory adds integers at full speed. A sum must fit: into 16 bits where a word
 holds two columns ("packed"), else into 32 bits ("wide"), which takes twice as long.
+
+A bucket's sum is at most the sum of its rows' largest magnitudes, their weights (see `values`). A
+kernel finds the largest bucket of each hash, and the cumulation takes its scale from that. Packed
+tables are taken where the rounding of values to integers is small beside a typical row: the mean
+of square roots, so that a few outliers do not hide what they do to the other rows. Values in
+float32 get wide tables, which keep about six digits.
 """
 
+import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, UInt16
+import numpy as np
 
 from yoso_jax.kernels.mosaic_gpu import layout
 from yoso_jax.kernels.mosaic_gpu.lane import (
+    F32,
     I32,
-    Call,
+    WARPGROUP,
     GlobalPointer,
     Lane,
+    Pred,
     Program,
     SharedPointer,
 )
+from yoso_jax.kernels.mosaic_gpu.values import ROWS_PER_SUM, SUMS, sum_over_threads
 
 # Largest relative error that packed tables may add. A bfloat16 result has 1.7e-3 of its own.
 _PACKED_ERROR = 2e-3
@@ -29,10 +40,16 @@ _ROUNDING = 1 / math.sqrt(12)
 # The largest sums, with some room for the rounding of what follows.
 _PACKED_RANGE = 32700.0
 _WIDE_RANGE = 2.0**30
+# Root mean square of normal values over their mean magnitude.
+_NORMAL_RMS = math.sqrt(math.pi / 2)
 # Integers in which the weights of a head's tokens are counted: all of them fit into 32 bits.
 _UNITS = 2.0**30
 # Bounds below this are as good as zero, and their inverse would overflow.
 _TINY = 1e-25
+# Bytes of a pair of floats.
+_PAIR = 8
+# Blocks that keep the GPU busy.
+_MANY_BLOCKS = 132
 
 
 def _largest_bucket(
@@ -42,20 +59,35 @@ def _largest_bucket(
     shared: SharedPointer,
     block: I32,
     *,
-    num_tokens: int,
-    num_hashes: int,
-    hash_code_len: int,
+    tables: "Buckets",
 ) -> None:
-    """Adds the weights of tokens by code for the eight hashes of a group; writes the largest sum.
+    """Adds the weights of tokens by code for all or two hashes of a group of one head."""
+    num_tokens, num_words = tables.num_tokens, tables.num_words
+    part, head_and_group = block % tables.parts, block // tables.parts
+    head = head_and_group // tables.groups
+    codes = inputs[0].at(head_and_group, num_tokens * 16)
+    weights = inputs[1].at(head, num_tokens * _PAIR)
+    sums = inputs[2].at(head, tables.chunks * 4 * SUMS)
+    thread, zero = lane.thread_id(), lane.i32(0)
+    largest_word = shared.at(num_words, 4)
 
-    A block does one group of one head.
-    """
-    groups = layout.num_groups(num_hashes)
-    head, group = block // groups, block % groups
-    codes = inputs[0].at(block, num_tokens * 16)
-    weights = inputs[1].at(head, num_tokens * 4)
-    thread, num_words = lane.thread_id(), 2**hash_code_len * layout.HASHES
-    largest, zero = shared.at(num_words, 4), lane.i32(0)
+    def add_sums(chunk: I32, *totals: F32) -> list[F32]:
+        words = map(lane.bitcast_f32, sums.at(chunk, 4 * SUMS).load(4))
+        return [x + y for x, y in zip(totals, words, strict=False)]
+
+    totals = lane.fori_loop(
+        thread, tables.chunks, add_sums, [lane.f32(0.0)] * 3, step=lane.num_threads
+    )
+    total, roots, used = sum_over_threads(lane, shared.at(num_words + 4, 4), totals)
+    mean = roots / lane.select(used > 1, used, lane.f32(1.0))
+    typical = mean * mean * (_NORMAL_RMS / tables.columns)
+    half = lane.f32(0.0)
+    if tables.dtype != np.float32:
+        # Rounding adds up to half an integer to each row. Where the packed error is accepted, that
+        # is at most this:
+        half = typical * (_PACKED_ERROR / _ROUNDING / 2)
+    total = total + half * used
+    units = lane.f32(_UNITS) / lane.select(total > _TINY, total, lane.f32(_TINY))
 
     lane.fori_loop(
         thread * 4,
@@ -64,108 +96,145 @@ def _largest_bucket(
         step=lane.num_threads * 4,
     )
     with lane.when(thread == 0):
-        largest.store([zero])
+        largest_word.store([zero])
     lane.barrier()
 
-    def add(token: I32) -> None:
-        (weight,) = weights.at(token, 4).load()
-        for word in codes.at(token, 16).load(4):
-            scale = layout.code_scale(hash_code_len)
-            for offset in layout.offsets(lane, word, stride=4, scale=scale):
-                shared.at(offset).add(weight)
+    def load_codes(token: I32) -> list[I32]:
+        if tables.parts == 1:
+            return codes.at(token, 16).load(4)
+        # The word in which a token has the two hashes of this part.
+        word = ((token >> 1) & 3) ^ part
+        return codes.at(token, 16).at(word, 4).load()
 
-    lane.fori_loop(thread, num_tokens, add, step=lane.num_threads)
+    def add(first: I32) -> None:
+        tokens = [first + i * lane.num_threads for i in range(tables.unrolled)]
+        clipped = [lane.minimum(token, num_tokens - 1) for token in tokens]
+        loaded = [(weights.at(token, _PAIR).load(), load_codes(token)) for token in clipped]
+        for token, ((largest,), words) in zip(tokens, loaded, strict=True):
+            weight = lane.round_to_i32((lane.bitcast_f32(largest) + half) * units) + 1
+            counts = (token < num_tokens) & (largest != 0)
+            weight = lane.select(counts, weight, zero)
+            for word in words:
+                scale = layout.code_scale(tables.hash_code_len)
+                for offset in layout.offsets(lane, word, stride=4, scale=scale):
+                    shared.at(offset).add(weight)
+
+    lane.fori_loop(thread, num_tokens, add, step=lane.num_threads * tables.unrolled)
     lane.barrier()
 
     def compare(word: I32, maximum: I32) -> list[I32]:
-        first_hash = group * layout.HASHES + (word & (layout.HASHES - 1))
-        for i, total in enumerate(shared.at(word, 4).load(4)):
-            if num_hashes % layout.HASHES:
-                total = lane.select(first_hash + i < num_hashes, total, zero)
-            maximum = lane.maximum(maximum, total)
+        first_hash = head_and_group % tables.groups * layout.HASHES + (word & (layout.HASHES - 1))
+        for i, bucket in enumerate(shared.at(word, 4).load(4)):
+            if tables.num_hashes % layout.HASHES:
+                bucket = lane.select(first_hash + i < tables.num_hashes, bucket, zero)
+            maximum = lane.maximum(maximum, bucket)
         return [maximum]
 
     (maximum,) = lane.fori_loop(thread * 4, num_words, compare, [zero], step=lane.num_threads * 4)
-    largest.maximum(maximum)
+    largest_word.maximum(maximum)
     lane.barrier()
     with lane.when(thread == 0):
-        outputs[0].at(block, 4).store(largest.load())
+        (maximum,) = largest_word.load()
+        # Not finite if any value is not.
+        bound = lane.to_f32(maximum) / units + (total - total)
+        outputs[0].at(block, _PAIR).store(list(map(lane.bitcast_i32, (bound, typical))))
 
 
-def largest_bucket_program(
-    heads: int, num_tokens: int, *, num_hashes: int, hash_code_len: int
-) -> Program:
-    """The largest sum of weights over the buckets of each group of hashes.
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """Shapes of the search for the largest bucket.
 
-    Inputs: arranged codes, uint16 `[heads, groups, num_tokens, 8]`, and weights, int32
-    `[heads, num_tokens]`, at least 0, whose sum for a head is below 2**31.
-    Output: int32 `[heads, groups]`.
-    """
-    groups = layout.num_groups(num_hashes)
-    return Program(
-        "largest_bucket",
-        functools.partial(
-            _largest_bucket,
-            num_tokens=num_tokens,
-            num_hashes=num_hashes,
-            hash_code_len=hash_code_len,
-        ),
-        outputs=(jax.ShapeDtypeStruct((heads, groups), jnp.int32),),
-        num_blocks=heads * groups,
-        num_warpgroups=8,
-        shared_bytes=2**hash_code_len * layout.HASHES * 4 + 16,
-    )
-
-
-def choose_scales(
-    codes: UInt16[Array, "heads groups S 8"],
-    value: Float[Array, "heads S D"],
-    *,
-    num_hashes: int,
-    hash_code_len: int,
-    call: Call,
-) -> tuple[Float[Array, " heads"], Bool[Array, " heads"]]:
-    """A scale for each head with which no bucket's sum overflows, and whether tables are wide.
-
-    A bucket's sum is at most the sum of its rows' largest magnitudes. Packed tables are taken where
-    the rounding of values to integers is small beside a typical row: the mean of square roots, so
-    that a few outliers do not hide what they do to the other rows. Values in float32 are given
-    wide tables, which keep about six digits.
-
-    Args:
-      codes: arranged codes of the keys.
-      value: float32, bfloat16 or float16; rows of masked keys are zero.
+    Attributes:
+      heads: batch rows times heads.
+      num_tokens: keys S.
+      columns: columns of a value.
+      dtype: of the values.
       num_hashes: number of hashes.
       hash_code_len: bits of a code.
-      call: what runs the program.
-
-    Returns:
-      Scales, and True for the heads with wide tables. The scale of a head with values that are not
-      finite is NaN.
     """
-    heads, num_tokens, _ = value.shape
-    wide_value = value.astype(jnp.float32)
-    largest = jnp.abs(wide_value).max(-1)
-    used = largest != 0
-    row = jnp.sqrt(jnp.mean(wide_value * wide_value, -1))
-    typical = (jnp.sqrt(row).sum(-1) / jnp.maximum(used.sum(-1), 1)) ** 2
-    may_pack = jnp.isfinite(typical) & (value.dtype != jnp.float32)
-    # Rounding adds up to half an integer to each row. Where the packed error is accepted, that is
-    # at most this:
-    half = jnp.where(may_pack, _PACKED_ERROR / _ROUNDING / 2 * typical, 0)
-    weight = jnp.where(used, largest + half[:, None], 0)
-    total = weight.sum(-1)
-    countable = (total > 0) & jnp.isfinite(total)
-    parts = jnp.where(countable[:, None], weight / total[:, None], 0)
-    program = largest_bucket_program(
-        heads, num_tokens, num_hashes=num_hashes, hash_code_len=hash_code_len
-    )
-    (buckets,) = call(program, codes, jnp.ceil(parts * _UNITS).astype(jnp.int32))
-    bound = jnp.maximum(jnp.asarray(buckets).max(-1) * (total / _UNITS), _TINY)
-    # XLA's maximum drops NaN on CPUs, the mean does not.
-    bound = jnp.where(jnp.isnan(typical) | jnp.isinf(total), jnp.nan, bound)
 
-    packed = _PACKED_RANGE / bound
-    exact_enough = (_PACKED_ERROR * typical * packed >= _ROUNDING) | (total == 0)
-    wide = ~(may_pack & exact_enough)
-    return jnp.where(wide, _WIDE_RANGE / bound, packed), wide
+    heads: int
+    num_tokens: int
+    columns: int
+    dtype: np.dtype
+    num_hashes: int
+    hash_code_len: int
+
+    @property
+    def groups(self) -> int:
+        """Groups of hashes."""
+        return layout.num_groups(self.num_hashes)
+
+    @property
+    def parts(self) -> int:
+        """Blocks of a group: four if there are few heads, each with two of the eight hashes."""
+        return 1 if self.heads * self.groups >= _MANY_BLOCKS else 4
+
+    @property
+    def unrolled(self) -> int:
+        """Tokens of a thread whose loads are under way together."""
+        return 4 if self.parts == 1 else 8
+
+    @property
+    def chunks(self) -> int:
+        """Sums of weights of a head."""
+        return -(-self.num_tokens // ROWS_PER_SUM)
+
+    @property
+    def num_words(self) -> int:
+        """Words of the tables of a group."""
+        return 2**self.hash_code_len * layout.HASHES
+
+
+def largest_bucket_program(tables: Buckets) -> Program:
+    """A bound of the sums in the tables of each part of a group.
+
+    Inputs: arranged codes of the keys, uint16 `[heads, groups, tokens, 8]`; weights and sums of
+    `values.slice_values`.
+    Output: float32 `[heads, groups * parts, 2]`, the bound and the magnitude of a typical value,
+    NaN if any value is not finite.
+    """
+    num_blocks = tables.heads * tables.groups * tables.parts
+    num_warpgroups = 2 if tables.parts == 1 else 4 if num_blocks >= _MANY_BLOCKS else 8
+    sums = 3 * (num_warpgroups * WARPGROUP + 32)
+    return Program(
+        "largest_bucket",
+        functools.partial(_largest_bucket, tables=tables),
+        outputs=(
+            jax.ShapeDtypeStruct((tables.heads, tables.groups * tables.parts, 2), jnp.float32),
+        ),
+        num_blocks=num_blocks,
+        num_warpgroups=num_warpgroups,
+        shared_bytes=4 * (tables.num_words + 4 + sums),
+    )
+
+
+class Scale(NamedTuple):
+    """What a head's values are multiplied by to become integers.
+
+    Attributes:
+      scale: the factor, NaN if a value of the head is not finite.
+      is_wide: whether 16 bits would not be exact enough.
+    """
+
+    scale: F32
+    is_wide: Pred
+
+    @classmethod
+    def load(
+        cls, lane: Lane, bounds: GlobalPointer, head: I32, num_bounds: int, dtype: np.dtype
+    ) -> "Scale":
+        """The scale of a head, from what `largest_bucket_program` wrote for it."""
+        pairs = [bounds.at(head, num_bounds * _PAIR).load(2, _PAIR * i) for i in range(num_bounds)]
+        # As integers, bounds have the order they have as floats, and NaN is the largest.
+        magnitudes = [pair[0] & 0x7FFFFFFF for pair in pairs]
+        bound = lane.bitcast_f32(functools.reduce(lane.maximum, magnitudes))
+        typical = lane.bitcast_f32(pairs[0][1])
+        nothing = bound < _TINY
+        bound = lane.select(nothing, lane.f32(_TINY), bound)
+        wide = lane.f32(_WIDE_RANGE) / bound
+        if dtype == np.float32:
+            return cls(wide, lane.i32(0) == 0)
+        packed = lane.f32(_PACKED_RANGE) / bound
+        is_wide = ~(nothing | (typical * packed > _ROUNDING / _PACKED_ERROR))
+        return cls(lane.select(is_wide, wide, packed), is_wide)

@@ -138,25 +138,28 @@ class F32(_Value):
 
     __slots__ = ()
 
-    def _with(self, name: str, other: "F32 | float") -> "F32":
+    def _with(self, name: str, other: "F32 | float | int") -> "F32":
         return F32(self.lane, self.lane._op(name, self.raw, self.lane.f32(other).raw))
 
-    def _compare(self, name: str, other: "F32 | float") -> Pred:
+    def _compare(self, name: str, other: "F32 | float | int") -> Pred:
         return Pred(self.lane, self.lane._op(name, self.raw, self.lane.f32(other).raw))
 
-    def __add__(self, other: "F32 | float") -> "F32":
+    def __add__(self, other: "F32 | float | int") -> "F32":
         return self._with("add_f32", other)
 
-    def __sub__(self, other: "F32 | float") -> "F32":
+    def __sub__(self, other: "F32 | float | int") -> "F32":
         return self._with("sub_f32", other)
 
-    def __mul__(self, other: "F32 | float") -> "F32":
+    def __mul__(self, other: "F32 | float | int") -> "F32":
         return self._with("mul_f32", other)
 
-    def __lt__(self, other: "F32 | float") -> Pred:
+    def __truediv__(self, other: "F32 | float | int") -> "F32":
+        return self._with("divide_f32", other)
+
+    def __lt__(self, other: "F32 | float | int") -> Pred:
         return self._compare("less_f32", other)
 
-    def __gt__(self, other: "F32 | float") -> Pred:
+    def __gt__(self, other: "F32 | float | int") -> Pred:
         return self._compare("greater_f32", other)
 
 
@@ -234,6 +237,10 @@ class SharedPointer(_Value):
         _check_access(len(words), offset)
         self.lane._store_shared(self.raw, [word.raw for word in words], offset)
 
+    def start_copy(self, source: GlobalPointer) -> None:
+        """Begins to copy 16 bytes of an input to here; `Lane.wait_for_copies` waits for the end."""
+        self.lane._start_copy(self.raw, source.raw)
+
     def add(self, value: I32, offset: int = 0) -> None:
         """Adds to the word at `offset` bytes from here, atomically."""
         _check_access(1, offset)
@@ -257,7 +264,7 @@ class Lane(abc.ABC):
             return value
         return I32(self, self._constant_i32((int(value) + 2**31) % 2**32 - 2**31))
 
-    def f32(self, value: F32 | float) -> F32:
+    def f32(self, value: F32 | float | int) -> F32:
         """A float constant; an F32 stays what it is."""
         return value if isinstance(value, F32) else F32(self, self._constant_f32(float(value)))
 
@@ -292,6 +299,10 @@ class Lane(abc.ABC):
     def round_to_i32(self, x: F32) -> I32:
         """The nearest integer, ties to even; clipped to 32 bits, and 0 for NaN."""
         return I32(self, self._op("round_to_i32", x.raw))
+
+    def sqrt(self, x: F32) -> F32:
+        """The square root."""
+        return F32(self, self._op("sqrt_f32", x.raw))
 
     def add_low_half(self, accumulator: I32, word: I32) -> I32:
         """`accumulator` plus the lower 16 bits of `word` without sign, in one instruction."""
@@ -341,6 +352,17 @@ class Lane(abc.ABC):
     @abc.abstractmethod
     def barrier(self) -> None:
         """Waits for all threads of the block; what each wrote is then visible to all."""
+
+    @abc.abstractmethod
+    def commit_copies(self) -> None:
+        """Makes a group, perhaps an empty one, of the copies that this thread has started."""
+
+    @abc.abstractmethod
+    def wait_for_copies(self, num_later: int) -> None:
+        """Waits for this thread's groups of copies, but for the `num_later` newest.
+
+        Other threads see what was copied after a barrier.
+        """
 
     @abc.abstractmethod
     def when(self, pred: Pred) -> contextlib.AbstractContextManager[None]:
@@ -399,6 +421,9 @@ class Lane(abc.ABC):
     def _store_shared(self, address: Any, words: list, offset: int) -> None: ...
 
     @abc.abstractmethod
+    def _start_copy(self, address: Any, source: Any) -> None: ...
+
+    @abc.abstractmethod
     def _reduce_shared(self, name: str, address: Any, value: Any, offset: int) -> None: ...
 
 
@@ -411,11 +436,11 @@ class Program:
       body: `body(lane, inputs, outputs, shared, block)` runs one thread: tuples of `GlobalPointer`
         to the first element of each input and output, the `SharedPointer` to the block's shared
         memory, and the block's number as `I32`.
-      outputs: shapes and dtypes of what it writes. Each word must be written.
-      workspaces: shapes and dtypes of memory to use, passed to `body` after the outputs.
+      outputs: shapes and dtypes of what it writes: each word, unless it is `incomplete`.
       num_blocks: blocks of threads; they run in any order.
       num_warpgroups: warpgroups of a block, 1 to 8.
       shared_bytes: shared memory of a block, a multiple of 4.
+      incomplete: whether words of the outputs may stay unwritten.
     """
 
     name: str
@@ -423,8 +448,8 @@ class Program:
     outputs: tuple[jax.ShapeDtypeStruct, ...]
     num_blocks: int
     num_warpgroups: int
-    workspaces: tuple[jax.ShapeDtypeStruct, ...] = ()
     shared_bytes: int = 4
+    incomplete: bool = False
 
     @property
     def num_threads(self) -> int:

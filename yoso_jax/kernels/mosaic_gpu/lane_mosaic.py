@@ -82,6 +82,8 @@ _OPS: dict[str, Callable[..., Any]] = {
     "add_f32": arith.addf,
     "sub_f32": arith.subf,
     "mul_f32": arith.mulf,
+    "divide_f32": _ptx("div.rn.f32 $0, $1, $2;", ir.F32Type.get),
+    "sqrt_f32": _ptx("sqrt.rn.f32 $0, $1;", ir.F32Type.get),
     "less_f32": _compare_f32(arith.CmpFPredicate.OLT),
     "greater_f32": _compare_f32(arith.CmpFPredicate.OGT),
     "pred_and": arith.andi,
@@ -114,6 +116,10 @@ def _vector(registers: Sequence[int]) -> tuple[str, str]:
 class MosaicLane(Lane):
     """Emits each instruction into the MLIR function under construction."""
 
+    def global_pointer(self, ref: ir.Value, *, writable: bool) -> GlobalPointer:
+        """The address of the first element of an array in global memory."""
+        return GlobalPointer(self, llvm.ptrtoint(_i64(), utils.memref_ptr(ref)), writable)
+
     def _constant_i32(self, value: int) -> ir.Value:
         return arith.constant(_i32(), ir.IntegerAttr.get(_i32(), value))
 
@@ -131,6 +137,14 @@ class MosaicLane(Lane):
     @override
     def barrier(self) -> None:
         gpu.barrier()
+
+    @override
+    def commit_copies(self) -> None:
+        utils.inline_ptx("cp.async.commit_group;")
+
+    @override
+    def wait_for_copies(self, num_later: int) -> None:
+        utils.inline_ptx(f"cp.async.wait_group {num_later};")
 
     @override
     @contextlib.contextmanager
@@ -196,6 +210,9 @@ class MosaicLane(Lane):
     def _store_shared(self, address: ir.Value, words: list[ir.Value], offset: int) -> None:
         self._store("shared", address, words, offset)
 
+    def _start_copy(self, address: ir.Value, source: ir.Value) -> None:
+        utils.inline_ptx("cp.async.cg.shared.global [$0], [$1], 16;", address, source)
+
     def _reduce_shared(self, name: str, address: ir.Value, value: ir.Value, offset: int) -> None:
         utils.inline_ptx(f"red.shared.{name}.s32 [$0+{offset}], $1;", address, value)
 
@@ -210,8 +227,7 @@ def call(program: Program, *inputs: Array) -> list[Array]:
     Returns:
       The program's outputs.
     """
-    written = program.outputs + program.workspaces
-    num_arrays = len(inputs) + len(written)
+    num_arrays = len(inputs) + len(program.outputs)
 
     def body(*refs: Any) -> None:
         # The number of the block comes from JAX: vmap adds an axis to the grid of the hardware.
@@ -224,9 +240,7 @@ def call(program: Program, *inputs: Array) -> list[Array]:
             *arrays, shared, block = args
             lane = MosaicLane(program.num_threads)
             pointers = tuple(
-                GlobalPointer(
-                    lane, llvm.ptrtoint(_i64(), utils.memref_ptr(array)), i >= len(inputs)
-                )
+                lane.global_pointer(array, writable=i >= len(inputs))
                 for i, array in enumerate(arrays)
             )
             program.body(
@@ -242,7 +256,7 @@ def call(program: Program, *inputs: Array) -> list[Array]:
     body.__name__ = program.name
     kernel = plgpu.kernel(
         body,
-        out_type=list(written),
+        out_type=list(program.outputs),
         scratch_types=[plgpu.SMEM((program.shared_bytes // 4,), jnp.int32)],
         grid=(program.num_blocks,),
         grid_names=("block",),
@@ -251,4 +265,4 @@ def call(program: Program, *inputs: Array) -> list[Array]:
         # Lane code places its own barriers.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )
-    return list(kernel(*map(jnp.asarray, inputs)))[: len(program.outputs)]
+    return list(kernel(*map(jnp.asarray, inputs)))

@@ -7,6 +7,7 @@ no two blocks touch an output word of which one writes it.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, override
 
@@ -75,6 +76,7 @@ class _Memory:
         self.num_bytes = num_bytes
         self.words = self.bytes.view(np.int32)
         self.written = np.zeros(self.words.size, bool)
+        self.arriving = np.zeros(self.words.size, bool)
         self._touched = {
             party: {access: _Touched(self.words.size) for access in _CONFLICTS} for party in between
         }
@@ -88,6 +90,8 @@ class _Memory:
 
         `words` has a row for each thread, `parties` the number of each thread and its block.
         """
+        if self.arriving[words].any():
+            raise ProgramError(f"{self.name}: a word is used while it is being copied.")
         if access == "write":
             self.written[words] = True
         elif not self.written[words].all():
@@ -150,6 +154,8 @@ _OPS: dict[str, Callable[..., Any]] = {
     "add_f32": np.add,
     "sub_f32": np.subtract,
     "mul_f32": np.multiply,
+    "divide_f32": np.divide,
+    "sqrt_f32": np.sqrt,
     "less_f32": np.less,
     "greater_f32": np.greater,
     "pred_and": np.logical_and,
@@ -180,6 +186,8 @@ class NumpyLane(Lane):
         self._memories = memories
         self._threads = np.arange(num_threads, dtype=np.int32)
         self._active = np.ones(num_threads, bool)
+        # Words of shared memory that copies under way will write, the oldest group first.
+        self._copies: list[list[np.ndarray]] = [[]]
 
     def _constant_i32(self, value: int) -> np.ndarray:
         return np.full(self.num_threads, value, np.int32)
@@ -209,6 +217,17 @@ class NumpyLane(Lane):
                 memory.forget("thread")
         elif self._active.any():
             raise ProgramError("Some threads of the block do not reach a barrier.")
+
+    @override
+    def commit_copies(self) -> None:
+        self._copies.append([])
+
+    @override
+    def wait_for_copies(self, num_later: int) -> None:
+        arrived = self._copies[: len(self._copies) - 1 - num_later]
+        self._copies = self._copies[len(arrived) :]
+        for words in itertools.chain(*arrived):
+            self._memories[-1].arriving[words] = False
 
     @override
     @contextlib.contextmanager
@@ -300,6 +319,12 @@ class NumpyLane(Lane):
     def _store_shared(self, address: np.ndarray, words: list[np.ndarray], offset: int) -> None:
         self._store(self._memories[-1], address + offset, words)
 
+    def _start_copy(self, address: np.ndarray, source: tuple[_Memory, np.ndarray]) -> None:
+        self._store_shared(address, self._load_global(source, 4, 0, False, False), 0)
+        words = self._words(self._memories[-1], address, 4)
+        self._memories[-1].arriving[words] = True
+        self._copies[-1].append(words)
+
     def _reduce_shared(
         self, name: str, address: np.ndarray, value: np.ndarray, offset: int
     ) -> None:
@@ -331,7 +356,7 @@ def call(program: Program, *inputs: Any) -> list[np.ndarray]:
         memory.written[:] = True
         arrays.append(memory)
     outputs = []
-    for i, output in enumerate(program.outputs + program.workspaces):
+    for i, output in enumerate(program.outputs):
         num_bytes = int(np.prod(output.shape)) * np.dtype(output.dtype).itemsize
         outputs.append(_Memory(f"output {i}", num_bytes, ("thread", "block")))
     arrays += outputs
@@ -354,9 +379,8 @@ def call(program: Program, *inputs: Any) -> list[np.ndarray]:
                 SharedPointer(lane, lane.i32(0).raw),
                 lane.i32(block),
             )
-    outputs = outputs[: len(program.outputs)]
     for memory in outputs:
-        if not memory.written.all():
+        if not (program.incomplete or memory.written.all()):
             raise ProgramError(f"{memory.name}: {(~memory.written).sum()} words are not written.")
     return [
         memory.bytes[: memory.num_bytes].view(output.dtype).reshape(output.shape)

@@ -1,4 +1,4 @@
-"""The arrangement of codes and values that the cumulation kernels read.
+"""The arrangement of codes and values in memory.
 
 Eight hashes make a group. A table of a group has a row a bucket with a slot a hash, and a slot
 holds the sums of a slice of value columns, so that one access reads or adds a slot. Token i visits
@@ -7,10 +7,15 @@ tokens, then always touch different slots and with them different banks of share
 the codes are (unless rows are shorter than the 128 bytes of all banks, above 10 bits).
 """
 
-import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped, UInt16
+import dataclasses
+import math
 
-from yoso_jax.kernels.mosaic_gpu.lane import I32, Lane
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt16
+
+from yoso_jax.kernels.mosaic_gpu.lane import I32, GlobalPointer, Lane
 
 HASHES = 8
 """Hashes of a group."""
@@ -27,6 +32,11 @@ def num_groups(num_hashes: int) -> int:
 def slot_bytes(hash_code_len: int) -> int:
     """Bytes of a slot, the most with which a group's table fits into shared memory (128 KiB)."""
     return min(_MAX_SLOT_BYTES, 2 ** (14 - hash_code_len))
+
+
+def slice_width(hash_code_len: int) -> int:
+    """Columns of a slice of values: two for each word of a slot."""
+    return slot_bytes(hash_code_len) // 2
 
 
 def code_scale(hash_code_len: int) -> int:
@@ -72,18 +82,62 @@ def offsets(lane: Lane, word: I32, *, stride: int, scale: int) -> list[I32]:
     return [code << bits if bits else code for code in codes]
 
 
-def split_columns(
-    x: Shaped[Array, "heads tokens D"], width: int
-) -> Shaped[Array, "heads slices tokens {width}"]:
-    """Slices of `width` columns, the last one filled up with zeros."""
-    heads, tokens, columns = x.shape
-    x = jnp.pad(x, [(0, 0), (0, 0), (0, -columns % width)])
-    return jnp.swapaxes(x.reshape(heads, tokens, -1, width), 1, 2)
+def pad_columns(x: Float[Array, "*shape D"], width: int) -> Float[Array, "*shape _"]:
+    """Zeros up to a multiple of `width` columns; nothing is copied if there are none."""
+    columns = x.shape[-1]
+    if columns % width == 0:
+        return x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -columns % width)])
 
 
-def merge_columns(
-    x: Shaped[Array, "heads slices tokens width"], columns: int
-) -> Shaped[Array, "heads tokens {columns}"]:
-    """The inverse of `split_columns`."""
-    heads, _, tokens, _ = x.shape
-    return jnp.swapaxes(x, 1, 2).reshape(heads, tokens, -1)[..., :columns]
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """An array `[batch, tokens, heads, columns]` in which a head of a batch row is a sequence.
+
+    Heads are numbered `b * heads + n`.
+    """
+
+    batch: int
+    tokens: int
+    heads: int
+    columns: int
+    dtype: np.dtype
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of all batch rows."""
+        return self.batch * self.heads
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.columns * self.dtype.itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes from a row to that of the next token of the same head."""
+        return self.heads * self.row_bytes
+
+    @property
+    def shape(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype."""
+        shape = (self.batch, self.tokens, self.heads, self.columns)
+        return jax.ShapeDtypeStruct(shape, self.dtype)
+
+    def of_head(self, array: GlobalPointer, head: I32) -> GlobalPointer:
+        """The row of a head's first token."""
+        batch_row = array.at(head // self.heads, self.tokens * self.token_bytes)
+        return batch_row.at(head % self.heads, self.row_bytes)
+
+
+def load_words(pointer: GlobalPointer, num_words: int) -> list[I32]:
+    """Neighbouring words, up to four an access, at an address that is a multiple of those."""
+    size = math.gcd(num_words, 4)
+    return [x for i in range(0, num_words, size) for x in pointer.load(size, 4 * i)]
+
+
+def store_words(pointer: GlobalPointer, words: list[I32]) -> None:
+    """Writes neighbouring words, as `load_words` reads them."""
+    size = math.gcd(len(words), 4)
+    for i in range(0, len(words), size):
+        pointer.store(words[i : i + size], 4 * i)

@@ -1,0 +1,504 @@
+"""The kernels behind the public operations: choice, transformations, numbers, and on a GPU."""
+
+import functools
+import logging
+import subprocess
+import sys
+import types
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import PartitionSpec as P
+from test_mosaic_cumulation import numpy_call, quick_compilation  # noqa: F401
+
+from yoso_jax import kernels, yoso_attention
+from yoso_jax.attention import sampled_attention
+from yoso_jax.hashing import sample_projection
+from yoso_jax.kernels import dispatch
+from yoso_jax.kernels.mosaic_gpu import cumulation, hashing, hopper, layout, operations
+
+RNG = jax.random.key(5)
+backward = pytest.mark.parametrize("backward", ["sampled", "expectation"])
+
+
+def inputs(shape, num_keys=None, value_dim=None, dtype=jnp.bfloat16):
+    """Query, key, value and a cotangent; keys are close to queries, so that some pairs collide."""
+    batch, tokens, heads, head_dim = shape
+    num_keys, value_dim = num_keys or tokens, value_dim or head_dim
+    keys = jax.random.split(jax.random.key(0), 4)
+    normal = [
+        jax.random.normal(key, (batch, n, heads, d))
+        for key, n, d in zip(
+            keys,
+            (tokens, num_keys, num_keys, tokens),
+            (head_dim, head_dim, value_dim, value_dim),
+            strict=True,
+        )
+    ]
+    normal[1] = 0.5 * normal[1] + jnp.resize(normal[0], normal[1].shape)
+    return [x.astype(dtype) for x in normal]
+
+
+def attend(*args, implementation="mosaic_gpu", **options):
+    options = dict(rng=RNG, num_hashes=9, hash_code_len=5) | options
+    return yoso_attention(*args, implementation=implementation, **options)
+
+
+def gradients(**options):
+    def loss(*args):
+        out = attend(*args, **options).astype(jnp.float32)
+        return jnp.sum(out * jnp.arange(out.shape[-1]))
+
+    return jax.grad(loss, argnums=(0, 1, 2))
+
+
+def relative_error(actual, expected):
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
+
+
+# The choice.
+
+HOPPER = types.SimpleNamespace(
+    platform="gpu", device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0"
+)
+AMPERE = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
+TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+BOTH = ("mosaic_gpu", "xla")
+
+
+@pytest.mark.parametrize(("device", "names"), [(HOPPER, BOTH), (AMPERE, ("xla",)), (TPU, ("xla",))])
+def test_the_default_device_decides_among_several(monkeypatch, device, names):
+    monkeypatch.setattr(hopper, "default_device", lambda: device)
+    assert dispatch.resolve(None) == names
+    assert dispatch.resolve(BOTH) == names
+    assert dispatch.resolve(["xla", "mosaic_gpu"]) == names[::-1]
+    assert dispatch.resolve("mosaic_gpu") == ("mosaic_gpu",)
+
+
+def test_the_default_device_is_the_one_jax_uses(monkeypatch):
+    assert hopper.default_device() == jnp.zeros(()).device
+    for device in (jax.local_devices(backend="cpu")[0], "cpu"):
+        with jax.default_device(device):
+            assert hopper.default_device().platform == "cpu"
+
+
+def test_another_gpu_falls_back_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(hopper, "default_device", lambda: AMPERE)
+    dispatch._say_once.cache_clear()
+    args = inputs((1, 8, 1, 8))[:3]
+    with caplog.at_level(logging.INFO, logger=dispatch.__name__):
+        for _ in range(2):
+            jax.eval_shape(functools.partial(attend, implementation=None), *args)
+    assert [record.message for record in caplog.records] == [
+        "mosaic_gpu needs an NVIDIA GPU of compute capability 9.0 (Hopper), but the default device "
+        "is NVIDIA A100 of compute capability 8.0."
+    ]
+    with pytest.raises(NotImplementedError, match=r"but the default device is NVIDIA A100"):
+        attend(*args)
+
+
+def test_a_shape_falls_back_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(hopper, "default_device", lambda: HOPPER)
+    dispatch._say_once.cache_clear()
+    args = inputs((1, 8, 1, 8))[:3]
+    with caplog.at_level(logging.INFO, logger=dispatch.__name__):
+        for _ in range(2):
+            jaxpr = jax.make_jaxpr(functools.partial(attend, implementation=None, hash_code_len=13))
+            assert "mosaic_gpu" not in str(jaxpr(*args))
+    assert len(caplog.records) == 1
+    assert (
+        "sampled runs by xla: mosaic_gpu needs hash_code_len in 1..12" in caplog.records[0].message
+    )
+    assert "mosaic_gpu" in str(
+        jax.make_jaxpr(functools.partial(attend, implementation=None))(*args)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(hash_code_len=13), r"mosaic_gpu needs hash_code_len in 1\.\.12, got 13"),
+        (dict(num_hashes=129), r"mosaic_gpu needs num_hashes in 1\.\.128, got 129"),
+        (dict(num_hashes=None), "mosaic_gpu does not implement expectation"),
+        (
+            dict(head_dim=257, value_dim=8),
+            r"needs the last dimension of query in 1\.\.256, got 257",
+        ),
+        (dict(value_dim=257), r"needs the last dimension of value in 1\.\.256, got 257"),
+    ],
+)
+def test_refuses_what_has_no_kernel(change, message):
+    shape = (1, 8, 1, change.pop("head_dim", 8))
+    arrays = {name: change.pop(name) for name in ("value_dim", "dtype") if name in change}
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(functools.partial(attend, **change), *inputs(shape, **arrays)[:3])
+
+
+def test_refuses_float64():
+    with jax.enable_x64(True), pytest.raises(NotImplementedError, match="got float64"):
+        jax.eval_shape(attend, *inputs((1, 8, 1, 8), dtype=jnp.float64)[:3])
+
+
+def test_refuses_other_operations():
+    codes, weight = jnp.zeros((4, 2), jnp.int32), jnp.ones((4, 3))
+    with pytest.raises(NotImplementedError, match="does not implement lsh_weighted_cumulation"):
+        kernels.lsh_weighted_cumulation(
+            codes, codes, weight, weight, weight, hash_code_len=3, implementation="mosaic_gpu"
+        )
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit, jax.vmap])
+def test_refuses_to_run_elsewhere(transform):
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        args = inputs((1, 8, 1, 8))[:3]
+        if transform is jax.vmap:
+            args = [x[None] for x in args]
+        with pytest.raises(NotImplementedError, match=r"Hopper.*is lowered for cpu\. Other"):
+            transform(attend)(*args)
+
+
+def test_importing_loads_no_gpu_dialects():
+    code = (
+        "import sys, yoso_jax, yoso_jax.kernels.mosaic_gpu.operations; "
+        "sys.exit(any(name.startswith(('jax.experimental.mosaic', 'jaxlib.mlir.dialects.gpu')) "
+        "for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# Transformations, lowered for CUDA on any machine.
+
+
+def lower(f, *args):
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
+    return jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.fixture
+def on_any_machine(monkeypatch):
+    """Where another GPU is the default device, too."""
+    monkeypatch.setattr(hopper, "check", lambda: None)
+
+
+@backward
+def test_lowers_for_cuda_under_transformations(on_any_machine, backward):
+    *args, _ = inputs((1, 64, 2, 16))
+    grad = gradients(backward=backward)
+    forward = lower(attend, *args).count("@mosaic_gpu")
+    assert forward >= 3
+    assert lower(grad, *args).count("@mosaic_gpu") > forward
+    assert "@mosaic_gpu" in lower(jax.vmap(grad), *(jnp.stack([x, x]) for x in args))
+
+    def layers(query, key, value):
+        def layer(x, rng):
+            return x + attend(x, key, value, rng=rng, backward=backward), None
+
+        out = jax.lax.scan(jax.checkpoint(layer), query, jax.random.split(RNG, 2))[0]
+        return jnp.sum(out.astype(jnp.float32))
+
+    text = lower(jax.grad(layers), *args)
+    # The forward pass, and again before the backward one.
+    assert text.count("@mosaic_gpu") >= 2 * forward
+
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    for check_vma in (True, False):
+        mapped = jax.shard_map(
+            grad, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=check_vma
+        )
+        assert "@mosaic_gpu" in lower(mapped, *args)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_exports_for_cuda(on_any_machine, dtype):
+    *args, _ = inputs((1, 30, 2, 16), num_keys=13, value_dim=5, dtype=dtype)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
+    checks = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    exported = export.export(jax.jit(attend), platforms=["cuda"], disabled_checks=checks)(*shapes)
+    exported = export.deserialize(exported.serialize())
+    assert exported.platforms == ("cuda",)
+    assert exported.out_avals[0].shape == (1, 30, 2, 5)
+
+
+def test_only_kernels_touch_the_tokens_of_a_forward_pass(on_any_machine):
+    """No copy, transposition, mask or float32 twin of an array of the size of the inputs."""
+    *args, _ = inputs((2, 64, 3, 32))
+    projection = sample_projection(RNG, (2, 3), 32, num_hashes=8, hash_code_len=5)
+    mask = jnp.ones((2, 64), bool)
+    jaxpr = jax.make_jaxpr(
+        functools.partial(sampled_attention, hash_code_len=5, implementation="mosaic_gpu")
+    )(*args, projection.astype(args[0].dtype), mask, mask)
+    free = {"mosaic_gpu_only", "reshape", "pad", "slice", "convert_element_type", "jit", "pjit"}
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            name = equation.primitive.name
+            if name in ("core_map", "pallas_call", "run_state"):
+                continue
+            subjaxprs = list(jax.extend.core.jaxprs_in_params(equation.params))
+            for sub in subjaxprs:
+                visit(sub)
+            for x in equation.outvars:
+                if x.aval.size >= args[0].size and not subjaxprs:
+                    assert name in free, equation
+                    assert x.aval.dtype != jnp.float32, equation
+
+    visit(jaxpr.jaxpr)
+
+
+def test_residuals_are_the_inputs_and_codes(on_any_machine):
+    *args, _ = inputs((1, 64, 2, 16))
+    mask = jnp.ones((1, 64), bool)
+    f = functools.partial(attend, normalize=False)
+    _, vjp = jax.eval_shape(lambda *args: jax.vjp(f, *args, mask), *args)
+    dtypes = {x.dtype for x in jax.tree.leaves(vjp)}
+    assert dtypes <= {jnp.dtype(x) for x in (jnp.bfloat16, jnp.uint16, jnp.bool_)}
+
+
+# Numbers, in NumPy.
+
+
+@pytest.fixture
+def in_numpy(monkeypatch, on_any_machine):
+    """Cumulation runs in NumPy, and XLA hashes: without rounding, as in its own implementation."""
+    monkeypatch.setattr(hopper, "only", lambda x: x)
+    monkeypatch.setattr(hashing, "hash_tokens", operations.hash_tokens_by_xla)
+    cumulate = functools.partial(cumulation.cumulate, call=numpy_call)
+    monkeypatch.setattr(cumulation, "cumulate", cumulate)
+
+
+def value_and_gradients(implementation, args, cotangent, masks=(None, None), **options):
+    @jax.jit
+    def compiled(args, cotangent):
+        def f(*args):
+            mask, query_mask = masks
+            return attend(
+                *args, mask, query_mask=query_mask, implementation=implementation, **options
+            )
+
+        out, vjp = jax.vjp(f, *args)
+        return out, *vjp(cotangent)
+
+    return compiled(args, cotangent)
+
+
+def assert_agrees_with_xla(args, cotangent, tolerance, **options):
+    results = value_and_gradients("mosaic_gpu", args, cotangent, **options)
+    expected = value_and_gradients("xla", args, cotangent, **options)
+    for result, wanted in zip(results, expected, strict=True):
+        assert result.dtype == wanted.dtype
+        assert np.isfinite(np.asarray(result, np.float32)).all()
+        assert relative_error(result, wanted) < tolerance
+    return results
+
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
+
+
+@backward
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_equals_xla(in_numpy, backward, dtype):
+    *args, cotangent = inputs((2, 19, 2, 16), num_keys=13, value_dim=5, dtype=dtype)
+    tolerance = TOLERANCE[cotangent.dtype.name]
+    assert_agrees_with_xla(args, cotangent, tolerance, backward=backward)
+
+
+def test_equals_xla_unnormalised(in_numpy):
+    *args, cotangent = inputs((2, 19, 2, 16), num_keys=13, value_dim=5)
+    assert_agrees_with_xla(args, cotangent, 1e-2, normalize=False)
+
+
+@backward
+def test_masks(in_numpy, backward):
+    """Whatever stands in masked rows, even NaN; batch rows without keys, or without tokens."""
+    *args, cotangent = inputs((3, 20, 2, 16), num_keys=12)
+    query_mask = jnp.asarray([[True] * 13 + [False] * 7, [True, False] * 10, [False] * 20])
+    mask = jnp.asarray([[False] * 2 + [True] * 10, [False] * 12, [False] * 12])
+    masked = [query_mask, mask, mask, query_mask]
+    args = [jnp.where(m[..., None, None], x, jnp.nan) for x, m in zip(args, masked, strict=False)]
+    out, *grads = assert_agrees_with_xla(
+        args, cotangent, 1e-2, masks=(mask, query_mask), backward=backward
+    )
+    for x, m in zip((*grads, out), masked, strict=True):
+        assert not np.any(np.asarray(x)[~np.asarray(m)])
+    assert not any(np.any(np.asarray(x)[1:]) for x in (*grads, out))
+
+
+def test_under_scan_and_checkpoint(in_numpy):
+    *args, _ = inputs((1, 12, 2, 16), dtype=jnp.float32)
+
+    def layers(query, key, value, implementation):
+        def layer(x, rng):
+            return x + attend(x, key, value, rng=rng, implementation=implementation), None
+
+        out = jax.lax.scan(jax.checkpoint(layer), query, jax.random.split(RNG, 2))[0]
+        return jnp.sum(out * jnp.arange(16))
+
+    for implementation in ("xla", "mosaic_gpu"):
+        f = jax.grad(functools.partial(layers, implementation=implementation), argnums=(0, 1, 2))
+        grads = jax.jit(f)(*args)
+        if implementation == "xla":
+            expected = grads
+    for grad, wanted in zip(grads, expected, strict=True):
+        assert relative_error(grad, wanted) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_cumulation_equals_xla(in_numpy, dtype):
+    keys = jax.random.split(RNG, 4)
+    query_codes = jax.random.randint(keys[0], (2, 3, 10, 5), 0, 8).astype(jnp.uint8)
+    key_codes = jax.random.randint(keys[1], (2, 3, 14, 5), 0, 8)
+    value = jax.random.normal(keys[2], (2, 3, 14, 6), dtype)
+    masks = {
+        "query_mask": jax.random.bernoulli(keys[3], 0.7, (2, 3, 10)),
+        "key_mask": jax.random.bernoulli(keys[3], 0.7, (2, 3, 14)),
+    }
+
+    def f(value, implementation):
+        return kernels.lsh_cumulation(
+            query_codes,
+            key_codes,
+            value,
+            hash_code_len=3,
+            implementation=implementation,
+            **masks,
+        )
+
+    for given in (masks, {}):
+        masks = given
+        results, expected = (
+            jax.vjp(jax.jit(functools.partial(f, implementation=name)), value)
+            for name in ("mosaic_gpu", "xla")
+        )
+        assert results[0].dtype == dtype
+        tolerance = TOLERANCE[results[0].dtype.name]
+        assert relative_error(results[0], expected[0]) < tolerance
+        assert relative_error(results[1](expected[0])[0], expected[1](expected[0])[0]) < tolerance
+
+
+@pytest.mark.parametrize(("num_hashes", "hash_code_len"), [(1, 1), (11, 9), (16, 12)])
+def test_plain_codes_are_those_arranged(num_hashes, hash_code_len):
+    codes = jax.random.randint(RNG, (2, 21, num_hashes), 0, 2**hash_code_len)
+    arranged = layout.arrange_codes(codes, hash_code_len=hash_code_len, filler=1)
+    plain = operations.plain_codes(arranged, num_hashes=num_hashes, hash_code_len=hash_code_len)
+    np.testing.assert_array_equal(plain, codes)
+
+
+# On a GPU.
+
+GPU_CASES = {
+    "small": dict(shape=(2, 1, 3, 64)),
+    "ragged": dict(shape=(2, 1000, 3, 64), num_keys=777),
+    "narrow": dict(shape=(1, 130, 2, 40), num_keys=1030, value_dim=24),
+    "wide": dict(shape=(1, 300, 1, 256)),
+    "long": dict(shape=(1, 5000, 2, 64)),
+}
+
+
+@pytest.fixture
+def exact_products():
+    """float32 products as in the expected values."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.mark.gpu
+@backward
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("case", GPU_CASES)
+def test_gpu_agrees_with_xla(exact_products, case, dtype, backward):
+    *args, cotangent = inputs(**GPU_CASES[case], dtype=dtype)
+    options = dict(num_hashes=32, hash_code_len=9, backward=backward)
+    assert_agrees_with_xla(args, cotangent, 1e-2, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hash_fn", ["gaussian", "fast"])
+@pytest.mark.parametrize(("num_hashes", "hash_code_len"), [(1, 1), (33, 10), (128, 8), (20, 12)])
+def test_gpu_with_any_hashes(exact_products, num_hashes, hash_code_len, hash_fn):
+    *args, cotangent = inputs((2, 500, 2, 64))
+    options = dict(num_hashes=num_hashes, hash_code_len=hash_code_len, hash_fn=hash_fn)
+    assert_agrees_with_xla(args, cotangent, 2e-2, normalize=False, **options)
+
+
+@pytest.mark.gpu
+@backward
+def test_gpu_masks(exact_products, backward):
+    *args, cotangent = inputs((3, 300, 2, 64), num_keys=200)
+    query_mask = jnp.arange(300) < jnp.asarray([[300], [111], [0]])
+    mask = jnp.arange(200) < jnp.asarray([[77], [0], [0]])
+    masked = [query_mask, mask, mask, query_mask]
+    args = [jnp.where(m[..., None, None], x, jnp.nan) for x, m in zip(args, masked, strict=False)]
+    out, *grads = assert_agrees_with_xla(
+        args,
+        cotangent,
+        1e-2,
+        masks=(mask, query_mask),
+        num_hashes=32,
+        hash_code_len=7,
+        backward=backward,
+    )
+    for x, m in zip((*grads, out), masked, strict=True):
+        assert not np.any(np.asarray(x, np.float32)[~np.asarray(m)])
+
+
+@pytest.mark.gpu
+def test_gpu_is_the_default_and_repeats_bit_for_bit():
+    if dispatch.resolve(None) == ("xla",):
+        pytest.skip("the default device is not a Hopper GPU")
+    *args, _ = inputs((2, 3000, 4, 64))
+    results = [
+        jax.jit(lambda *args, name=name: attend(*args, num_hashes=32, implementation=name))(*args)
+        for name in (None, "mosaic_gpu", None)
+    ]
+    for result in results[1:]:
+        np.testing.assert_array_equal(np.asarray(result), np.asarray(results[0]))
+
+
+@pytest.mark.gpu
+@backward
+def test_gpu_under_transformations(exact_products, backward):
+    *args, _ = inputs((2, 260, 2, 64))
+    grad = gradients(backward=backward)
+    expected = jax.jit(grad)(*args)
+
+    def assert_equal(results):
+        for result, wanted in zip(results, expected, strict=True):
+            assert relative_error(result, wanted) < 1e-2
+
+    assert_equal(gradients(backward=backward, implementation="xla")(*args))
+    stacked = [jnp.stack([x, 2 * x[:, ::-1]]) for x in args]
+    assert_equal([x[0] for x in jax.jit(jax.vmap(grad))(*stacked)])
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    for check_vma in (True, False):
+        mapped = jax.shard_map(
+            grad, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=check_vma
+        )
+        assert_equal(jax.jit(mapped)(*args))
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
+    checks = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    exported = export.export(jax.jit(grad), platforms=["cuda"], disabled_checks=checks)(*shapes)
+    assert_equal(export.deserialize(exported.serialize()).call(*args))
+
+
+@pytest.mark.gpu
+def test_gpu_scan_and_checkpoint(exact_products):
+    query, key, value, _ = inputs((2, 260, 2, 64))
+
+    def layers(query, implementation):
+        def layer(x, rng):
+            return x + attend(x, key, value, rng=rng, implementation=implementation), None
+
+        out = jax.lax.scan(jax.checkpoint(layer), query, jax.random.split(RNG, 2))[0]
+        return jnp.sum(out.astype(jnp.float32) * jnp.arange(64))
+
+    grads = [
+        jax.jit(jax.grad(functools.partial(layers, implementation=name)))(query)
+        for name in ("mosaic_gpu", "xla")
+    ]
+    # The second layer hashes sums that were rounded differently.
+    assert relative_error(*grads) < 5e-2

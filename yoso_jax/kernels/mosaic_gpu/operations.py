@@ -1,0 +1,218 @@
+"""The operations that have kernels for Hopper, in the form that `dispatch` calls."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt16
+
+from yoso_jax.kernels import xla
+from yoso_jax.kernels.codes import hash_codes
+from yoso_jax.kernels.mosaic_gpu import cumulation, hashing, hopper, layout
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["query", "key"], meta_fields=["num_hashes"]
+)
+@dataclasses.dataclass(frozen=True)
+class ArrangedCodes:
+    """What `sampled` keeps for its backward pass: codes as `layout.arrange_codes` returns them."""
+
+    query: Array
+    key: Array
+    num_hashes: int
+
+
+def sampled(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N D"],
+    projection: Float[Array, "B N H columns"],
+    query_mask: Bool[Array, "B T"] | None,
+    key_mask: Bool[Array, "B S"] | None,
+    *,
+    hash_code_len: int,
+) -> tuple[Float[Array, "B T N D"], ArrangedCodes]:
+    """As `xla.sampled`, with the result in the dtype of `value`.
+
+    Raises:
+      NotImplementedError: there are no kernels for the device, a shape or the dtype.
+    """
+    num_hashes = projection.shape[-1] // hash_code_len
+    _check(value, num_hashes, hash_code_len)
+    _check_size("the last dimension of query", query.shape[-1], hashing.MAX_HEAD_DIM)
+    # Masked tokens have codes, too: what is in their rows does not matter, since they neither add
+    # to a table nor read from one. Nor does the length of a token matter.
+    hash_fn = hash_tokens_by_xla if query.dtype == jnp.float32 else hashing.hash_tokens
+    hash_fn = functools.partial(hash_fn, projection=projection, hash_code_len=hash_code_len)
+    codes = ArrangedCodes(
+        _vary_like(hash_fn(hopper.only(query), filler=0), query, projection),
+        _vary_like(hash_fn(hopper.only(key), filler=1), key, projection),
+        num_hashes,
+    )
+    out = _cumulate(
+        codes.query,
+        codes.key,
+        value,
+        query_mask,
+        key_mask,
+        num_hashes=num_hashes,
+        hash_code_len=hash_code_len,
+    )
+    return out, codes
+
+
+def sampled_backward(
+    codes: object,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N D"],
+    query_mask: Bool[Array, "B T"] | None,
+    key_mask: Bool[Array, "B S"] | None,
+    grad_out: Float[Array, "B T N D"],
+    *,
+    hash_code_len: int,
+    backward: str,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N D"]]:
+    """As `xla.sampled_backward`; a kernel for the gradient of value, the others by `xla`.
+
+    Raises:
+      NotImplementedError: the codes are those of another implementation.
+    """
+    if not isinstance(codes, ArrangedCodes):
+        raise NotImplementedError(f"mosaic_gpu made no codes of type {type(codes).__name__}.")
+    grad_value = _cumulate(
+        codes.key,
+        codes.query,
+        grad_out,
+        key_mask,
+        query_mask,
+        num_hashes=codes.num_hashes,
+        hash_code_len=hash_code_len,
+    )
+    plain = None
+    if backward == "sampled":
+        batch, _, heads, _ = query.shape
+        plain = xla.Codes(
+            *(
+                plain_codes(x, num_hashes=codes.num_hashes, hash_code_len=hash_code_len).reshape(
+                    batch, heads, -1, codes.num_hashes
+                )
+                for x in (codes.query, codes.key)
+            )
+        )
+    grad_query, grad_key, _ = xla.surrogate_gradients(
+        plain,
+        query,
+        key,
+        value,
+        query_mask,
+        key_mask,
+        grad_out,
+        hash_code_len=hash_code_len,
+        with_value=False,
+    )
+    return grad_query, grad_key, grad_value
+
+
+def lsh_cumulation(
+    query_codes: Int[Array, "*batch T m"],
+    key_codes: Int[Array, "*batch S m"],
+    value: Float[Array, "*batch S D"],
+    query_mask: Bool[Array, "*batch T"] | None,
+    key_mask: Bool[Array, "*batch S"] | None,
+    *,
+    hash_code_len: int,
+) -> Float[Array, "*batch T D"]:
+    """As `xla.lsh_cumulation`.
+
+    Raises:
+      NotImplementedError: there is no kernel for the device, a shape or the dtype.
+    """
+    num_queries, num_hashes = query_codes.shape[-2:]
+    *batch, num_keys, value_dim = value.shape
+    _check(value, num_hashes, hash_code_len)
+    if 0 in (*batch, num_queries, num_keys):
+        raise NotImplementedError("mosaic_gpu needs at least one query and one key.")
+    heads = math.prod(batch)
+    arrange = functools.partial(layout.arrange_codes, hash_code_len=hash_code_len)
+    query_mask, key_mask = (
+        None if mask is None else mask.reshape(heads, mask.shape[-1])
+        for mask in (query_mask, key_mask)
+    )
+    out = _cumulate(
+        arrange(query_codes.reshape(heads, num_queries, num_hashes), filler=0),
+        arrange(key_codes.reshape(heads, num_keys, num_hashes), filler=1),
+        hopper.only(value).reshape(heads, num_keys, 1, value_dim),
+        query_mask,
+        key_mask,
+        num_hashes=num_hashes,
+        hash_code_len=hash_code_len,
+    )
+    return out.reshape(*batch, num_queries, value_dim)
+
+
+def plain_codes(
+    arranged: UInt16[Array, "heads groups tokens 8"], *, num_hashes: int, hash_code_len: int
+) -> Int[Array, "heads tokens {num_hashes}"]:
+    """The inverse of `layout.arrange_codes`, without the filling."""
+    heads, groups, tokens, _ = arranged.shape
+    codes = arranged.astype(jnp.int32) // (layout.code_scale(hash_code_len) * layout.HASHES)
+    token = jnp.arange(tokens)[:, None]
+    for distance in (1, 2, 4):
+        pairs = codes.reshape(heads, groups, tokens, -1, 2, distance)
+        swapped = pairs[..., ::-1, :].reshape(codes.shape)
+        codes = jnp.where(token & distance != 0, swapped, codes)
+    return jnp.swapaxes(codes, 1, 2).reshape(heads, tokens, -1)[..., :num_hashes]
+
+
+def _cumulate(*args: Any, num_hashes: int, hash_code_len: int) -> Array:
+    return _vary_like(
+        cumulation.cumulate(*args, num_hashes=num_hashes, hash_code_len=hash_code_len), *args
+    )
+
+
+def _vary_like(x: Array, *like: Array | None) -> Array:
+    """`x` as varying, inside `shard_map`, over the mesh axes that any of the others varies over.
+
+    Results of kernels say that they are the same on all devices.
+    """
+    axes = set[str]().union(
+        *(jax.typeof(y).manual_axis_type.varying for y in like if y is not None)
+    )
+    missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _check(value: Array, num_hashes: int, hash_code_len: int) -> None:
+    """To be called before anything is computed: another implementation may have to."""
+    hopper.check()
+    if value.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(
+            f"mosaic_gpu needs float32, bfloat16 or float16 arrays, got {value.dtype}."
+        )
+    _check_size("num_hashes", num_hashes, cumulation.MAX_HASHES)
+    _check_size("hash_code_len", hash_code_len, layout.MAX_CODE_LEN)
+    _check_size("the last dimension of value", value.shape[-1], cumulation.MAX_VALUE_DIM)
+
+
+def _check_size(name: str, size: int, most: int) -> None:
+    if not 1 <= size <= most:
+        raise NotImplementedError(f"mosaic_gpu needs {name} in 1..{most}, got {size}.")
+
+
+def hash_tokens_by_xla(
+    x: Float[Array, "B T N H"],
+    projection: Float[Array, "B N H columns"],
+    *,
+    hash_code_len: int,
+    filler: int,
+) -> UInt16[Array, "heads groups T 8"]:
+    """As `hashing.hash_tokens`, whose tensor cores would round float32."""
+    x, projection = xla.heads_first(x, None), xla.widen(projection)
+    codes = hash_codes(x, projection, hash_code_len=hash_code_len)
+    codes = codes.reshape(-1, *codes.shape[2:])
+    return layout.arrange_codes(codes, hash_code_len=hash_code_len, filler=filler)
