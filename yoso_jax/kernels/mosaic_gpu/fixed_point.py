@@ -5,10 +5,14 @@ order, and shared memory adds integers at full speed. A sum must fit: into 16 bi
 holds two columns ("packed"), else into 32 bits ("wide"), which takes twice as long.
 
 A bucket's sum is at most the sum of its rows' largest magnitudes, their weights (see `values`). A
-kernel finds the largest bucket of each hash, and the cumulation takes its scale from that. Packed
-tables are taken where the rounding of values to integers is small beside a typical row: the mean
-of square roots, so that a few outliers do not hide what they do to the other rows. Values in
-float32 get wide tables, which keep about six digits.
+kernel finds the largest bucket of each hash, or the sum over all keys has to do, and the cumulation
+takes its scales from that.
+
+Packed tables need a scale at which the rounding of values to integers is small beside a typical
+row: the mean of square roots, so that a few outliers do not hide what they do to the other rows.
+Where the bound allows less, sums will usually fit all the same, because values of both signs meet;
+the cumulation then checks that they do, and resorts to wide tables if not. Values in float32 get
+wide tables at once, which keep about six digits.
 """
 
 import dataclasses
@@ -19,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from yoso_jax.kernels.mosaic_gpu import layout
 from yoso_jax.kernels.mosaic_gpu.lane import (
@@ -33,8 +38,9 @@ from yoso_jax.kernels.mosaic_gpu.lane import (
 )
 from yoso_jax.kernels.mosaic_gpu.values import ROWS_PER_SUM, SUMS, sum_over_threads
 
-# Largest relative error that packed tables may add. A bfloat16 result has 1.7e-3 of its own.
-_PACKED_ERROR = 2e-3
+# Relative error that packed tables may add, on average: it can be half as much again if there are
+# few buckets. A bfloat16 result has 1.7e-3 of its own.
+_PACKED_ERROR = 1.4e-3
 # Standard deviation of rounding to an integer.
 _ROUNDING = 1 / math.sqrt(12)
 # The largest sums, with some room for the rounding of what follows.
@@ -80,7 +86,7 @@ def _largest_bucket(
     )
     total, roots, used = sum_over_threads(lane, shared.at(num_words + 4, 4), totals)
     mean = roots / lane.select(used > 1, used, lane.f32(1.0))
-    typical = mean * mean * (_NORMAL_RMS / tables.columns)
+    typical = mean * mean * _NORMAL_RMS
     half = lane.f32(0.0)
     if tables.dtype != np.float32:
         # Rounding adds up to half an integer to each row. Where the packed error is accepted, that
@@ -147,7 +153,6 @@ class Buckets:
     Attributes:
       heads: batch rows times heads.
       num_tokens: keys S.
-      columns: columns of a value.
       dtype: of the values.
       num_hashes: number of hashes.
       hash_code_len: bits of a code.
@@ -155,7 +160,6 @@ class Buckets:
 
     heads: int
     num_tokens: int
-    columns: int
     dtype: np.dtype
     num_hashes: int
     hash_code_len: int
@@ -209,32 +213,38 @@ def largest_bucket_program(tables: Buckets) -> Program:
     )
 
 
+def bounds_of_all(sums: Float[Array, "heads chunks 4"]) -> Float[Array, "heads 1 2"]:
+    """As `largest_bucket_program`, for a bucket of all keys."""
+    # XLA would repeat the sum for each of what follows.
+    sums = jax.lax.optimization_barrier(jnp.asarray(sums).sum(1))
+    total, roots, used = sums[:, 0], sums[:, 1], sums[:, 2]
+    typical = (roots / jnp.maximum(used, 1)) ** 2 * _NORMAL_RMS
+    return jnp.stack([total, typical + (total - total)], -1)[:, None]
+
+
 class Scale(NamedTuple):
-    """What a head's values are multiplied by to become integers.
+    """What a head's values are multiplied by to become integers, NaN if one is not finite.
 
     Attributes:
-      scale: the factor, NaN if a value of the head is not finite.
-      is_wide: whether 16 bits would not be exact enough.
+      packed: the factor for packed tables. It is large enough for their accuracy.
+      wide: the factor for wide tables.
+      is_safe: whether no sum of packed tables can be too large.
     """
 
-    scale: F32
-    is_wide: Pred
+    packed: F32
+    wide: F32
+    is_safe: Pred
 
     @classmethod
-    def load(
-        cls, lane: Lane, bounds: GlobalPointer, head: I32, num_bounds: int, dtype: np.dtype
-    ) -> "Scale":
+    def load(cls, lane: Lane, bounds: GlobalPointer, head: I32, num_bounds: int) -> "Scale":
         """The scale of a head, from what `largest_bucket_program` wrote for it."""
         pairs = [bounds.at(head, num_bounds * _PAIR).load(2, _PAIR * i) for i in range(num_bounds)]
         # As integers, bounds have the order they have as floats, and NaN is the largest.
         magnitudes = [pair[0] & 0x7FFFFFFF for pair in pairs]
         bound = lane.bitcast_f32(functools.reduce(lane.maximum, magnitudes))
         typical = lane.bitcast_f32(pairs[0][1])
-        nothing = bound < _TINY
-        bound = lane.select(nothing, lane.f32(_TINY), bound)
-        wide = lane.f32(_WIDE_RANGE) / bound
-        if dtype == np.float32:
-            return cls(wide, lane.i32(0) == 0)
+        bound = lane.select(bound < _TINY, lane.f32(_TINY), bound)
         packed = lane.f32(_PACKED_RANGE) / bound
-        is_wide = ~(nothing | (typical * packed > _ROUNDING / _PACKED_ERROR))
-        return cls(lane.select(is_wide, wide, packed), is_wide)
+        needed = lane.f32(_ROUNDING / _PACKED_ERROR) / lane.select(typical < _TINY, bound, typical)
+        is_safe = ~(packed < needed)
+        return cls(lane.select(is_safe, packed, needed), lane.f32(_WIDE_RANGE) / bound, is_safe)

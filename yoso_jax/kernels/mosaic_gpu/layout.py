@@ -13,7 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt16
+from jaxtyping import Array, Int, UInt16
 
 from yoso_jax.kernels.mosaic_gpu.lane import I32, GlobalPointer, Lane
 
@@ -80,14 +80,6 @@ def offsets(lane: Lane, word: I32, *, stride: int, scale: int) -> list[I32]:
     if bits < 0:
         return [lane.shift_right_logical(code, -bits) for code in codes]
     return [code << bits if bits else code for code in codes]
-
-
-def pad_columns(x: Float[Array, "*shape D"], width: int) -> Float[Array, "*shape _"]:
-    """Zeros up to a multiple of `width` columns; nothing is copied if there are none."""
-    columns = x.shape[-1]
-    if columns % width == 0:
-        return x
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -columns % width)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,8 +35,9 @@ def sampled(
     key_mask: Bool[Array, "B S"] | None,
     *,
     hash_code_len: int,
-) -> tuple[Float[Array, "B T N D"], ArrangedCodes]:
-    """As `xla.sampled`, with the result in the dtype of `value`.
+    normalize: bool,
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"] | None, ArrangedCodes]:
+    """As `xla.sampled`, with the rows in the dtype of `value`; norms are float32.
 
     Raises:
       NotImplementedError: there are no kernels for the device, a shape or the dtype.
@@ -61,8 +62,10 @@ def sampled(
         key_mask,
         num_hashes=num_hashes,
         hash_code_len=hash_code_len,
+        normalize=normalize,
     )
-    return out, codes
+    out, norm = out if normalize else (out, None)
+    return out, norm, codes
 
 
 def sampled_backward(
@@ -169,10 +172,9 @@ def plain_codes(
     return jnp.swapaxes(codes, 1, 2).reshape(heads, tokens, -1)[..., :num_hashes]
 
 
-def _cumulate(*args: Any, num_hashes: int, hash_code_len: int) -> Array:
-    return _vary_like(
-        cumulation.cumulate(*args, num_hashes=num_hashes, hash_code_len=hash_code_len), *args
-    )
+def _cumulate(*args: Any, **options: Any) -> Any:
+    out = cumulation.cumulate(*args, **options)
+    return jax.tree.map(lambda x: _vary_like(x, *args), out)
 
 
 def _vary_like(x: Array, *like: Array | None) -> Array:
