@@ -13,6 +13,7 @@ from yoso_jax.attention import l2_normalize, sampled_attention
 from yoso_jax.hashing import sample_projection
 from yoso_jax.kernels import reference
 from yoso_jax.kernels.codes import hash_codes
+from yoso_jax.kernels.xla import l2_normalize_gradient
 
 RNG = jax.random.key(7)
 
@@ -285,9 +286,14 @@ def test_normalisation_matches_the_vectors(data_dir):
     grad = vjp(jnp.asarray(v["grad_out"], jnp.float32))[0]
     # Rows 1 and 2 are shorter than eps: PyTorch returns the cotangent times 1e12 there.
     np.testing.assert_array_equal(grad[1:3], 0)
+    # And from what was normalised, as sampled attention finds it.
+    norm = jnp.linalg.norm(jnp.asarray(v["x"], jnp.float32), axis=-1)
+    again = l2_normalize_gradient(y, norm, jnp.asarray(v["grad_out"], jnp.float32))
     for row in (0, 3, 4, 5):
         expected = v["torch_grad_x"][row]
         np.testing.assert_allclose(grad[row], expected, atol=1e-5 * np.abs(expected).max())
+        np.testing.assert_allclose(again[row], expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_array_equal(again[1:3], 0)
 
 
 def test_the_key_determines_the_sample():
@@ -311,10 +317,10 @@ def test_numpy_arrays_are_taken(unchecked_shapes):
     np.testing.assert_array_equal(out, expected)
 
 
-@pytest.mark.parametrize("backward", ["sampled", "expectation"])
-def test_sampled_attention_is_what_is_normalised(backward):
+@pytest.mark.parametrize(("backward", "normalize"), [("sampled", False), ("expectation", True)])
+def test_sampled_attention_is_what_follows_the_draw(backward, normalize):
     *args, cotangent = inputs(num_keys=13)
-    options = dict(hash_code_len=5, backward=backward)
+    options = dict(hash_code_len=5, backward=backward, normalize=normalize)
     projection = sample_projection(RNG, (2, 3), 16, num_hashes=11, hash_code_len=5)
     masks = jnp.arange(19) < jnp.asarray([[19], [7]]), jnp.arange(13) < jnp.asarray([[4], [13]])
     assert_same_function(
@@ -325,7 +331,6 @@ def test_sampled_attention_is_what_is_normalised(backward):
             query_mask=masks[0],
             rng=RNG,
             num_hashes=11,
-            normalize=False,
             **options,
         ),
         args,

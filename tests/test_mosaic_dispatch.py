@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax import export
 from jax.sharding import PartitionSpec as P
-from test_mosaic_cumulation import numpy_call, quick_compilation  # noqa: F401
+from test_mosaic_cumulation import numpy_run, quick_compilation  # noqa: F401
 
 from yoso_jax import kernels, yoso_attention
 from yoso_jax.attention import sampled_attention
@@ -56,9 +56,13 @@ def gradients(**options):
     return jax.grad(loss, argnums=(0, 1, 2))
 
 
-def relative_error(actual, expected):
+def norm(x):
+    return np.linalg.norm(np.asarray(x, np.float64))
+
+
+def relative_error(actual, expected, least=1e-30):
     actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
-    return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
+    return norm(actual - expected) / max(norm(expected), least)
 
 
 # The choice.
@@ -224,13 +228,16 @@ def test_exports_for_cuda(on_any_machine, dtype):
     assert exported.out_avals[0].shape == (1, 30, 2, 5)
 
 
-def test_only_kernels_touch_the_tokens_of_a_forward_pass(on_any_machine):
+@pytest.mark.parametrize("normalize", [False, True])
+def test_only_kernels_touch_the_tokens_of_a_forward_pass(on_any_machine, normalize):
     """No copy, transposition, mask or float32 twin of an array of the size of the inputs."""
     *args, _ = inputs((2, 64, 3, 32))
     projection = sample_projection(RNG, (2, 3), 32, num_hashes=8, hash_code_len=5)
     mask = jnp.ones((2, 64), bool)
     jaxpr = jax.make_jaxpr(
-        functools.partial(sampled_attention, hash_code_len=5, implementation="mosaic_gpu")
+        functools.partial(
+            sampled_attention, hash_code_len=5, normalize=normalize, implementation="mosaic_gpu"
+        )
     )(*args, projection.astype(args[0].dtype), mask, mask)
     free = {"mosaic_gpu_only", "reshape", "pad", "slice", "convert_element_type", "jit", "pjit"}
 
@@ -250,16 +257,27 @@ def test_only_kernels_touch_the_tokens_of_a_forward_pass(on_any_machine):
     visit(jaxpr.jaxpr)
 
 
-def test_residuals_are_the_inputs_and_codes(on_any_machine):
+@pytest.mark.parametrize("normalize", [False, True])
+def test_residuals_are_the_inputs_codes_and_norms(on_any_machine, normalize):
     *args, _ = inputs((1, 64, 2, 16))
     mask = jnp.ones((1, 64), bool)
-    f = functools.partial(attend, normalize=False)
+    f = functools.partial(attend, normalize=normalize)
     _, vjp = jax.eval_shape(lambda *args: jax.vjp(f, *args, mask), *args)
-    dtypes = {x.dtype for x in jax.tree.leaves(vjp)}
-    assert dtypes <= {jnp.dtype(x) for x in (jnp.bfloat16, jnp.uint16, jnp.bool_)}
+    residuals = jax.tree.leaves(vjp)
+    assert [x.shape for x in residuals if x.dtype == jnp.float32] == [(1, 64, 2)] * normalize
+    tokens = [x for x in residuals if x.dtype == jnp.bfloat16]
+    assert [x.shape for x in tokens] == [(1, 64, 2, 16)] * (3 + normalize)
+    dtypes = {x.dtype for x in residuals}
+    assert dtypes <= {jnp.dtype(x) for x in (jnp.bfloat16, jnp.uint16, jnp.bool_, jnp.float32)}
 
 
 # Numbers, in NumPy.
+
+
+def numpy_call(program, *inputs):
+    """Runs programs in NumPy from inside `jax.jit` and, one after the other, `jax.vmap`."""
+    run = functools.partial(numpy_run, program)
+    return list(jax.pure_callback(run, program.outputs, *inputs, vmap_method="sequential"))
 
 
 @pytest.fixture
@@ -289,10 +307,15 @@ def value_and_gradients(implementation, args, cotangent, masks=(None, None), **o
 def assert_agrees_with_xla(args, cotangent, tolerance, **options):
     results = value_and_gradients("mosaic_gpu", args, cotangent, **options)
     expected = value_and_gradients("xla", args, cotangent, **options)
-    for result, wanted in zip(results, expected, strict=True):
+    # With a single key, gradients of query and key are sums that cancel: a normalised row does not
+    # change with the weight of the key. What is left is the rounding of the terms, which are as
+    # large as those of the gradient of value.
+    least = max(1e-30, max(map(norm, expected[1:])) / 4)
+    leasts = 1e-30, least, least, least
+    for result, wanted, least in zip(results, expected, leasts, strict=True):
         assert result.dtype == wanted.dtype
         assert np.isfinite(np.asarray(result, np.float32)).all()
-        assert relative_error(result, wanted) < tolerance
+        assert relative_error(result, wanted, least) < tolerance
     return results
 
 
@@ -310,6 +333,11 @@ def test_equals_xla(in_numpy, backward, dtype):
 def test_equals_xla_unnormalised(in_numpy):
     *args, cotangent = inputs((2, 19, 2, 16), num_keys=13, value_dim=5)
     assert_agrees_with_xla(args, cotangent, 1e-2, normalize=False)
+
+
+def test_single_key(in_numpy):
+    *args, cotangent = inputs((2, 1, 1, 16))
+    assert_agrees_with_xla(args, cotangent, 1e-2)
 
 
 @backward
@@ -345,6 +373,21 @@ def test_under_scan_and_checkpoint(in_numpy):
             expected = grads
     for grad, wanted in zip(grads, expected, strict=True):
         assert relative_error(grad, wanted) < 1e-4
+
+
+def test_under_vmap(in_numpy):
+    @jax.jit
+    def out_and_gradients(*args):
+        out, vjp = jax.vjp(attend, *args)
+        return out, *vjp(out * jnp.arange(16).astype(out.dtype))
+
+    *args, _ = inputs((1, 6, 2, 16), num_keys=5)
+    stacked = [jnp.stack([x, 2 * x[:, ::-1]]) for x in args]
+    results = jax.jit(jax.vmap(out_and_gradients))(*stacked)
+    for i in range(2):
+        expected = out_and_gradients(*(x[i] for x in stacked))
+        for result, wanted in zip(results, expected, strict=True):
+            assert relative_error(result[i], wanted) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

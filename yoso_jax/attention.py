@@ -14,6 +14,7 @@ from yoso_jax.kernels.checks import check_integer
 from yoso_jax.kernels.codes import BitLayout
 from yoso_jax.kernels.dispatch import Implementation
 from yoso_jax.kernels.xla import l2_normalize as l2_normalize
+from yoso_jax.kernels.xla import l2_normalize_gradient
 
 type Backward = Literal["sampled", "expectation"]
 
@@ -71,7 +72,7 @@ def yoso_attention(
         device; a sequence of names to try in order; or None for the best that applies. With None
         and sequences, JAX's default device decides whether "mosaic_gpu" applies: name the
         implementation to compile for another one. float32 sums of "mosaic_gpu" have about six
-        digits, others are rounded to the dtype of `query` also before they are normalised.
+        digits, and it rounds gradients of its sums to the dtype of `query`.
 
     Returns:
       `[B, T, N, D]` in the dtype of `query`. Rows that attend to nothing are zero.
@@ -90,9 +91,10 @@ def yoso_attention(
     query_mask, key_mask = _masks(
         query, key, mask, query_mask, query_seq_lengths, key_value_seq_lengths
     )
-    options = _Options(hash_code_len, backward, names)
+    options = _Options(hash_code_len, backward, normalize, names)
     if num_hashes is None:
         out = _expectation(options, query, key, value, query_mask, key_mask)
+        out = l2_normalize(out) if normalize else out
     else:
         if rng is None:
             raise ValueError("rng is required unless num_hashes is None: pass a jax.random.key.")
@@ -106,7 +108,7 @@ def yoso_attention(
             bit_layout=bit_layout,
         ).astype(query.dtype)
         out = _sampled(options, query, key, value, projection, query_mask, key_mask)
-    return (l2_normalize(out) if normalize else out).astype(query.dtype)
+    return out.astype(query.dtype)
 
 
 def sampled_attention(
@@ -119,9 +121,10 @@ def sampled_attention(
     *,
     hash_code_len: int,
     backward: Backward = "sampled",
+    normalize: bool = False,
     implementation: Implementation = None,
 ) -> Float[Array, "B T N D"]:
-    """What `yoso_attention` computes once its hashes are drawn, before it normalises rows.
+    """What `yoso_attention` computes once its hashes are drawn.
 
     Args:
       query: `[B, T, N, H]`, float32, bfloat16, float16 (or float64).
@@ -134,6 +137,7 @@ def sampled_attention(
       key_mask: bool `[B, S]`, True for the keys to attend to.
       hash_code_len: bits of a hash, 1 to 16.
       backward: as in `yoso_attention`.
+      normalize: divide each row of the result by its l2 norm.
       implementation: as in `yoso_attention`.
 
     Returns:
@@ -161,7 +165,7 @@ def sampled_attention(
         )
     query_mask = _check_mask("query_mask", query_mask, query)
     key_mask = _check_mask("key_mask", key_mask, key)
-    options = _Options(hash_code_len, backward, names)
+    options = _Options(hash_code_len, backward, normalize, names)
     projection = projection.astype(query.dtype)
     out = _sampled(options, query, key, value, projection, query_mask, key_mask)
     return out.astype(query.dtype)
@@ -171,6 +175,7 @@ def sampled_attention(
 class _Options:
     hash_code_len: int
     backward: Backward
+    normalize: bool
     implementations: tuple[str, ...]
 
 
@@ -202,7 +207,10 @@ _expectation.defvjp(_expectation_fwd, _expectation_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sampled(options: _Options, *args: Any) -> Array:
-    """`B v` of query, key, value, projection and masks; dtypes as those of `_expectation`."""
+    """`B v` of query, key, value, projection and masks, its rows normalised if so chosen.
+
+    Dtypes are those of `_expectation`.
+    """
     return _sampled_fwd(options, *args)[0]
 
 
@@ -215,7 +223,7 @@ def _sampled_fwd(
     query_mask: Array | None,
     key_mask: Array | None,
 ) -> tuple:
-    out, codes = dispatch.call(
+    out, norm, codes = dispatch.call(
         "sampled",
         options.implementations,
         query,
@@ -225,15 +233,20 @@ def _sampled_fwd(
         query_mask,
         key_mask,
         hash_code_len=options.hash_code_len,
+        normalize=options.normalize,
     )
-    return out, (codes, query, key, value, query_mask, key_mask)
+    unit = out if options.normalize else None
+    return out, (unit, norm, codes, query, key, value, query_mask, key_mask)
 
 
 def _sampled_bwd(options: _Options, residuals: tuple, grad_out: Array) -> tuple:
+    unit, norm, *args = residuals
+    if options.normalize:
+        grad_out = l2_normalize_gradient(unit, norm, grad_out)
     grads = dispatch.call(
         "sampled_backward",
         options.implementations,
-        *residuals,
+        *args,
         grad_out,
         hash_code_len=options.hash_code_len,
         backward=options.backward,

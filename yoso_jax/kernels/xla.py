@@ -16,6 +16,9 @@ from yoso_jax.kernels import blocked, collisions
 from yoso_jax.kernels.codes import hash_codes
 from yoso_jax.kernels.collisions import lsh_weighted_cumulation as lsh_weighted_cumulation
 
+# Rows are divided by no less.
+_EPS = 1e-12
+
 
 def widen(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """At least float32."""
@@ -29,7 +32,7 @@ def mask_rows(
     return x if mask is None else jnp.where(mask[..., None], x, 0)
 
 
-def l2_normalize(x: Float[Array, "..."], axis: int = -1, eps: float = 1e-12) -> Float[Array, "..."]:
+def l2_normalize(x: Float[Array, "..."], axis: int = -1, eps: float = _EPS) -> Float[Array, "..."]:
     """`x / max(|x|, eps)`, computed in float32, with gradient 0 where `|x| <= eps`.
 
     Args:
@@ -46,6 +49,24 @@ def l2_normalize(x: Float[Array, "..."], axis: int = -1, eps: float = 1e-12) -> 
     norm = jnp.sqrt(jnp.where(small, 1, squared))
     out = jnp.where(small, jax.lax.stop_gradient(wide) / eps, wide / norm)
     return out.astype(x.dtype)
+
+
+def l2_normalize_gradient(
+    unit: Float[Array, "*rows D"], norm: Float[Array, "*rows"], grad_unit: Float[Array, "*rows D"]
+) -> Float[Array, "*rows D"]:
+    """The gradient of x from that of `unit = l2_normalize(x)`, in the dtype of `unit`.
+
+    Args:
+      unit: normalised rows, which may have been rounded.
+      norm: float32, `|x|` of each row.
+      grad_unit: gradient of `unit`.
+    """
+    # Lengths do not change what is normalised: at a unit row the gradient is |x| times that at x.
+    _, vjp = jax.vjp(l2_normalize, widen(unit))
+    (grad,) = vjp(grad_unit.astype(widen(unit).dtype))
+    norm = norm[..., None]
+    small = norm <= _EPS
+    return jnp.where(small, 0, grad / jnp.where(small, 1, norm)).astype(unit.dtype)
 
 
 def lsh_cumulation(
@@ -99,8 +120,13 @@ def sampled(
     key_mask: Bool[Array, "B S"] | None,
     *,
     hash_code_len: int,
-) -> tuple[Float[Array, "B T N D"], Codes]:
-    """`B v` for the hashes of `projection`, in float32, and the codes."""
+    normalize: bool,
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"] | None, Codes]:
+    """`B v` for the hashes of `projection`, in float32, and the codes.
+
+    With `normalize` the rows of `B v` are normalised, and the second result is their l2 norm before
+    that; it is None otherwise.
+    """
     codes = Codes(
         *(
             hash_codes(heads_first(x, mask), widen(projection), hash_code_len=hash_code_len)
@@ -109,7 +135,10 @@ def sampled(
     )
     value = heads_first(value, key_mask)
     out = collisions.lsh_cumulation(codes.query, codes.key, value, hash_code_len=hash_code_len)
-    return tokens_first(out, query_mask), codes
+    out = tokens_first(out, query_mask)
+    if normalize:
+        return l2_normalize(out), jnp.linalg.norm(out, axis=-1), codes
+    return out, None, codes
 
 
 def sampled_backward(
@@ -124,7 +153,10 @@ def sampled_backward(
     hash_code_len: int,
     backward: str,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N D"]]:
-    """Gradients of `sampled`; those of query and key from its hashes, or from the expectation."""
+    """Gradients of `sampled`; those of query and key from its hashes, or from the expectation.
+
+    `grad_out` is the gradient of `B v` before it is normalised.
+    """
     if not isinstance(codes, Codes):
         raise NotImplementedError(f"xla made no codes of type {type(codes).__name__}.")
     args = query, key, value, query_mask, key_mask, grad_out
