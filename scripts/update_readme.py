@@ -18,6 +18,8 @@ from yoso_jax.errors import DataError
 from yoso_jax.metrics import write_atomically
 
 ROOT = Path(__file__).parents[1]
+# Kernels that are neither hash nor cumulation: values to slices, results back, the projection.
+AROUND = re.compile("slice_values|merge_slices|transpose")
 MARKED = re.compile(r"(<!-- benchmark: ([\w.-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -70,11 +72,12 @@ def describe(name: str, report: dict[str, Any]) -> str:
         table = _table(*compare_with_cudnn(rows, ours))
         work = "Forward and backward pass" if arguments["backward"] else "Forward pass"
         note = (
-            f"Milliseconds of a call on the device / on the wall: of `{ours}`'s hash and "
-            "cumulation with m hashes, and of the whole `yoso_attention`, which also draws hashes "
-            "and normalises. Speed is cuDNN's time divided by that of hash and cumulation; memory "
-            "is what they need beside inputs and outputs. "
-            f"{work}, {arguments['tokens']:,} tokens of all heads and sequences together"
+            "Milliseconds on the device, and how many times cuDNN's speed that is. Hash and "
+            f"cumulation: the kernels of `{ours}` without those that cut values into slices and "
+            "merge the results; attention: all kernels, for given random projections, and the "
+            "time on the wall; `yoso_attention`: with drawing the projections and normalising. "
+            f"Memory is beside inputs and outputs of attention. {work}, {arguments['tokens']:,} "
+            "tokens of all heads and sequences together"
         )
         if arguments["mask_fraction"]:
             note += f", {arguments['mask_fraction']:.0%} of them padding"
@@ -97,36 +100,35 @@ def describe(name: str, report: dict[str, Any]) -> str:
 
 
 def compare_with_cudnn(rows: list[Row], ours: str) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of a table with a line for each n: cuDNN, and ours by number of hashes."""
+    """Headings and cells of a table with a line for each n and number of hashes."""
     found = {(row["implementation"], row["n"], row["m"]): row for row in rows}
-    hashes = sorted({row["m"] for row in rows if row["m"] is not None})
-    headings = ["n", "cuDNN, ms"]
-    for m in hashes:
-        headings += [f"m = {m}, ms", "speed", "whole, ms"]
-    headings += ["memory, MiB: cuDNN", *(f"m = {m}" for m in hashes)]
+    headings = ["n", "m", "cuDNN", "hash and cumulation", "attention", "on the wall"]
+    headings += ["`yoso_attention`", "MiB"]
     lines = []
-    for n in sorted({row["n"] for row in rows}):
+    for name, n, m in sorted(found, key=lambda key: (key[1], key[2] or 0)):
+        if name != ours:
+            continue
+        row = found[name, n, m]
         cudnn = found.get(("cudnn", n, None), {})
-        sampled = [found.get((ours, n, m), {}) for m in hashes]
-        cells = [f"{n:,}", _times(cudnn)]
-        for row, m in zip(sampled, hashes, strict=True):
-            speed = _pair(row, "speed_device", "speed_wall", ".2f")
-            cells += [_times(row), speed, _times(found.get((f"{ours}_op", n, m), {}))]
-        lines.append([*cells, *(_memory(row) for row in (cudnn, *sampled))])
+        kernels = row.get("kernels")
+        core = None
+        if kernels:
+            around = sum(ms for kernel, ms in kernels.items() if AROUND.search(kernel))
+            core = row["device_ms"] - around
+        cells = [f"{n:,}", str(m), _time(cudnn.get("device_ms"), None)]
+        cells.append(_time(core, cudnn.get("device_ms")))
+        cells.append(_time(row.get("device_ms"), cudnn.get("device_ms")))
+        cells.append(_time(row.get("wall_ms"), cudnn.get("wall_ms")))
+        whole = found.get((f"{ours}_op", n, m), {})
+        cells.append(_time(whole.get("device_ms"), cudnn.get("device_ms")))
+        lines.append([*cells, f"{row['temp_bytes'] / 2**20:,.1f}"])
     return headings, lines
 
 
-def _times(row: Row) -> str:
-    return _pair(row, "device_ms", "wall_ms", ".3f")
-
-
-def _pair(row: Row, first: str, second: str, form: str) -> str:
-    cells = (MISSING if row.get(x) is None else format(row[x], form) for x in (first, second))
-    return " / ".join(cells)
-
-
-def _memory(row: Row) -> str:
-    return f"{row['temp_bytes'] / 2**20:,.1f}" if row else MISSING
+def _time(ms: float | None, cudnn: float | None) -> str:
+    if ms is None:
+        return MISSING
+    return f"{ms:.3f}" if cudnn is None else f"{ms:.3f} ({cudnn / ms:.2f} x)"
 
 
 def _table(headings: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
