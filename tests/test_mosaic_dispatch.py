@@ -189,9 +189,9 @@ def on_any_machine(monkeypatch):
     monkeypatch.setattr(hopper, "check", lambda: None)
 
 
-@backward
-def test_lowers_for_cuda_under_transformations(on_any_machine, backward):
+def test_lowers_for_cuda_under_transformations(on_any_machine):
     *args, _ = inputs((1, 64, 2, 16))
+    backward = "sampled"
     grad = gradients(backward=backward)
     forward = lower(attend, *args).count("@mosaic_gpu")
     assert forward >= 3
@@ -322,8 +322,10 @@ def assert_agrees_with_xla(args, cotangent, tolerance, **options):
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
 
 
-@backward
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("dtype", "backward"),
+    [(jnp.float32, "sampled"), (jnp.bfloat16, "expectation"), (jnp.float16, "sampled")],
+)
 def test_equals_xla(in_numpy, backward, dtype):
     *args, cotangent = inputs((2, 19, 2, 16), num_keys=13, value_dim=5, dtype=dtype)
     tolerance = TOLERANCE[cotangent.dtype.name]
@@ -340,8 +342,7 @@ def test_single_key(in_numpy):
     assert_agrees_with_xla(args, cotangent, 1e-2)
 
 
-@backward
-def test_masks(in_numpy, backward):
+def test_masks(in_numpy):
     """Whatever stands in masked rows, even NaN; batch rows without keys, or without tokens."""
     *args, cotangent = inputs((3, 20, 2, 16), num_keys=12)
     query_mask = jnp.asarray([[True] * 13 + [False] * 7, [True, False] * 10, [False] * 20])
@@ -349,7 +350,7 @@ def test_masks(in_numpy, backward):
     masked = [query_mask, mask, mask, query_mask]
     args = [jnp.where(m[..., None, None], x, jnp.nan) for x, m in zip(args, masked, strict=False)]
     out, *grads = assert_agrees_with_xla(
-        args, cotangent, 1e-2, masks=(mask, query_mask), backward=backward
+        args, cotangent, 1e-2, masks=(mask, query_mask), backward="sampled"
     )
     for x, m in zip((*grads, out), masked, strict=True):
         assert not np.any(np.asarray(x)[~np.asarray(m)])
@@ -390,8 +391,8 @@ def test_under_vmap(in_numpy):
             assert relative_error(result[i], wanted) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_cumulation_equals_xla(in_numpy, dtype):
+def test_cumulation_equals_xla(in_numpy):
+    dtype = jnp.bfloat16
     keys = jax.random.split(RNG, 4)
     query_codes = jax.random.randint(keys[0], (2, 3, 10, 5), 0, 8).astype(jnp.uint8)
     key_codes = jax.random.randint(keys[1], (2, 3, 14, 5), 0, 8)
