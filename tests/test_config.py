@@ -70,6 +70,7 @@ def test_unknown_entries_are_kept(tmp_path: Path) -> None:
 
 def test_own_fields_survive_a_round_trip() -> None:
     config = YosoConfig(
+        attention="softmax",
         bit_layout="block",
         hf_mask_compat=True,
         scan_layers=True,
@@ -140,6 +141,7 @@ def test_names_of_classes_win_over_their_number_in_a_file() -> None:
         ("layer_norm_eps", 0.0, "a finite number > 0"),
         ("initializer_range", "0.02", "a finite number >= 0"),
         ("use_expectation", 1, "True or False"),
+        ("attention", "linear", "one of 'yoso', 'softmax'"),
         ("bit_layout", "wide", "one of 'spread', 'block'"),
         ("attention_implementation", 3, "one of None, 'mosaic_gpu', 'xla'"),
         ("pad_token_id", 50265, "less than vocab_size=50265 or None"),
@@ -164,6 +166,9 @@ def test_refuses_contradictions() -> None:
         YosoConfig(num_labels=1, problem_type="single_label_classification")
     with pytest.raises(ValueError, match="extra must hold no fields"):
         YosoConfig(extra={"hidden_size": 3})
+    accepted = "attention_implementation must be one of None, 'xla', 'cudnn', got 'mosaic_gpu'"
+    with pytest.raises(ValueError, match=accepted):
+        YosoConfig(attention="softmax", attention_implementation="mosaic_gpu")
     with pytest.raises(TypeError, match="hiden_size"):
         YosoConfig(hiden_size=3)  # type: ignore[call-arg]
 
@@ -187,3 +192,10 @@ def test_the_encoder_of_a_subclass_is_validated_too() -> None:
     with pytest.raises(ValueError, match="num_hash must be an integer >= 1, got 0"):
         EncoderConfig(num_hash=0)
     assert EncoderConfig().head_dim == 64
+
+
+def test_only_yoso_samples() -> None:
+    sampled = EncoderConfig(use_expectation=False)
+    assert sampled.is_sampled
+    assert not sampled.replace(attention="softmax").is_sampled
+    assert not EncoderConfig().is_sampled

@@ -32,6 +32,15 @@ def quick_compilation() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+# The paper's, as configurations.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "softmax": {"attention": "softmax", "use_expectation": False},
+    "yoso_e": {"use_expectation": True},
+    "yoso_m": {"use_expectation": False},
+    "yoso_c_m": {"use_expectation": False, "conv_window": 3},
+}
+
+
 @jax.jit
 def run(model: LRAClassifier, *args: Any) -> LogitsOutput:
     return model(*args)
@@ -123,13 +132,18 @@ def stack_layers(model: LRAClassifier, config: LRAConfig) -> LRAClassifier:
     return stacked
 
 
-def test_padding_is_ignored_except_by_the_published_mean() -> None:
-    model = make(mean_over="valid", conv_window=3)
+@pytest.mark.parametrize("attention", ["yoso", "softmax"])
+def test_padding_is_ignored(attention: str) -> None:
+    model = make(mean_over="valid", conv_window=3, attention=attention)
     padded = np.where(MASK, IDS, 5)
     logits = run(model, padded, MASK).logits
     np.testing.assert_allclose(run(model, IDS, MASK).logits, logits, atol=1e-6)
     np.testing.assert_allclose(run(model, padded[1:2, :6]).logits, logits[1:2], atol=1e-6)
-    published = make(conv_window=3)
+
+
+def test_the_published_mean_counts_padding() -> None:
+    model = make(mean_over="valid")
+    published = make()
     mask = jnp.ones((1, 6), bool)
     x = jax.random.normal(jax.random.key(0), (1, 6, 16))
     longer = jnp.pad(x, ((0, 0), (0, 6), (0, 0)))
@@ -195,6 +209,38 @@ def test_sampled_training_step(dual: bool) -> None:
     for path, gradient in nnx.to_flat_state(nnx.state(gradients)):
         assert np.all(np.isfinite(gradient[...])), path
         assert np.any(gradient[...]) or path[-1] == "bias", path
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_train(variant: str) -> None:
+    model = make(**VARIANTS[variant], scan_layers=True, remat=True)
+    streams = ("hash", "dropout") if model.config.is_sampled else ("dropout",)
+
+    @jax.jit
+    def loss_and_gradients(model: LRAClassifier) -> tuple[jax.Array, LRAClassifier]:
+        def loss(model: LRAClassifier) -> Any:
+            rngs = nnx.Rngs(**dict.fromkeys(streams, 0))
+            return model(IDS, MASK, np.array([0, 2, 1]), deterministic=False, rngs=rngs).loss
+
+        return jax.value_and_grad(loss)(model)
+
+    loss, gradients = loss_and_gradients(model)
+    for path, gradient in nnx.to_flat_state(nnx.state(gradients)):
+        assert np.all(np.isfinite(gradient[...])), path
+        assert np.any(gradient[...]) or path[-1] == "bias", path
+    updated = jax.tree.map(lambda x, gradient: x - 0.1 * gradient, model, gradients)
+    assert loss_and_gradients(updated)[0] < loss
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_survive_saving(variant: str, tmp_path: Path) -> None:
+    model = make(**VARIANTS[variant])
+    model.save_pretrained(tmp_path)
+    loaded = LRAClassifier.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(model))
+    keys = load_file(tmp_path / "model.safetensors").keys()
+    assert ("model.encoders.0.mha.attn.conv.weight" in keys) == (variant == "yoso_c_m")
 
 
 def test_loss_is_the_cross_entropy_of_the_logits() -> None:

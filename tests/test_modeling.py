@@ -25,7 +25,7 @@ from yoso_jax.modeling import (
     layers,
 )
 from yoso_jax.modeling.inputs import check_mask
-from yoso_jax.modeling.layers import DepthwiseConv, Policy
+from yoso_jax.modeling.layers import DepthwiseConv, Policy, SelfAttention
 
 CONFIG = YosoConfig(
     vocab_size=23,
@@ -42,6 +42,7 @@ CONFIG = YosoConfig(
     initializer_range=0.5,
 )
 SAMPLED = CONFIG.replace(use_expectation=False)
+SOFTMAX = CONFIG.replace(attention="softmax")
 # For what does not depend on the number of layers.
 SHALLOW = CONFIG.replace(num_hidden_layers=1)
 IDS = np.random.default_rng(0).integers(2, 23, (3, 9))
@@ -105,9 +106,10 @@ def test_scanned_and_recomputed_layers_change_nothing(looped: Any, scan_layers: 
         np.testing.assert_allclose(gradient, looped[1][key], atol=1e-5, err_msg=key)
 
 
-def test_scanned_layers_return_the_same_states() -> None:
+@pytest.mark.parametrize("config", [CONFIG, SOFTMAX], ids=lambda config: config.attention)
+def test_scanned_layers_return_the_same_states(config: YosoConfig) -> None:
     looped, scanned = (
-        run(make(config=CONFIG.replace(scan_layers=scan)), IDS, MASK, output_all=True)
+        run(make(config=config.replace(scan_layers=scan)), IDS, MASK, output_all=True)
         for scan in (False, True)
     )
     assert len(looped.hidden_states) == 3
@@ -186,16 +188,53 @@ def test_sampling_approaches_the_expectation() -> None:
     assert error(2048) < 0.2 * error(8)
 
 
-def test_padding_does_not_move_valid_tokens() -> None:
-    model = make(config=SHALLOW)
+@pytest.mark.parametrize("attention", ["yoso", "softmax"])
+def test_padding_does_not_move_valid_tokens(attention: Any) -> None:
+    config = SHALLOW.replace(attention=attention)
+    model = make(config=config)
     short = run(model, IDS[:1, :5]).last_hidden_state
     noise = IDS.copy()
     noise[:, 5:] = 7
     mask = np.arange(9) < 5
     long = run(model, noise[:1], mask[None]).last_hidden_state
     np.testing.assert_allclose(long[:, :5], short, atol=1e-5)
-    compat = make(config=SHALLOW.replace(hf_mask_compat=True))
+    compat = make(config=config.replace(hf_mask_compat=True))
     assert not np.allclose(run(compat, noise[:1], mask[None]).last_hidden_state[:, :5], short)
+
+
+@pytest.mark.parametrize("conv_window", [None, 3])
+def test_softmax_attention(conv_window: int | None) -> None:
+    config = SOFTMAX.replace(conv_window=conv_window, use_expectation=False)
+    attention = SelfAttention(config, Policy(jnp.float32, jnp.float32), rngs=nnx.Rngs(0))
+    mask = MASK & (np.arange(9) != 2)
+    inputs = jax.random.normal(jax.random.key(0), (*MASK.shape, 16))
+
+    def expected(attention: SelfAttention, x: jax.Array) -> jax.Array:
+        query, key, value = (
+            module(x).reshape(3, 9, 2, 8)
+            for module in (attention.query, attention.key, attention.value)
+        )
+        scores = jnp.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(8)
+        scores = jnp.where(mask[:, None, None, :], scores, -1e30)
+        context = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), value)
+        context = jnp.where(mask[:, :, None, None], context, 0)
+        if attention.conv is not None:
+            context += attention.conv(jnp.where(mask[:, :, None, None], value, 0))
+        return context.reshape(x.shape)
+
+    def actual(attention: SelfAttention, x: jax.Array) -> jax.Array:
+        return attention(x, jnp.asarray(mask), None)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def with_gradients(function: Any, attention: SelfAttention, x: jax.Array) -> Any:
+        def loss(attention: SelfAttention, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            context = function(attention, x)
+            return jnp.sum(jnp.sin(context)), context
+
+        return jax.grad(loss, (0, 1), has_aux=True)(attention, x)
+
+    results = (with_gradients(function, attention, inputs) for function in (actual, expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *results)
 
 
 def test_masks_may_be_integers_floats_or_booleans() -> None:

@@ -69,6 +69,11 @@ class EncoderConfig(Validated):
     """When sampling, estimate the gradient from the same hashes; False from the expectation."""
 
     # This project's own, unknown to transformers.
+    attention: Literal["yoso", "softmax"] = "yoso"
+    """What attends: YOSO, or softmax as the baseline to compare it with. With "softmax",
+    `use_expectation`, `hash_code_len`, `num_hash`, `use_fast_hash`, `lsh_backward` and `bit_layout`
+    do nothing; `conv_window` adds the same convolution. Parameters fit either, and transformers,
+    which does not read this field, attends by YOSO."""
     bit_layout: Literal["spread", "block"] = "spread"
     """Which projections make up a fast hash; "block" is the published, biased layout."""
     hf_mask_compat: bool = False
@@ -78,7 +83,8 @@ class EncoderConfig(Validated):
     remat: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     attention_implementation: str | None = None
-    """`implementation` of `yoso_attention`; None lets it choose."""
+    """`implementation` of `yoso_attention`, or of `jax.nn.dot_product_attention` ("xla" or "cudnn")
+    if `attention` is "softmax"; None lets it choose."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -107,7 +113,9 @@ class EncoderConfig(Validated):
             self._check_bool(name)
         self._check_choice("hidden_act", ACTIVATIONS)
         self._check_choice("bit_layout", ("spread", "block"))
-        self._check_choice("attention_implementation", (None, *implementations()))
+        self._check_choice("attention", ("yoso", "softmax"))
+        accepted = implementations() if self.attention == "yoso" else ("xla", "cudnn")
+        self._check_choice("attention_implementation", (None, *accepted))
         if self.hidden_size % self.num_attention_heads:
             self._fail(
                 "hidden_size",
@@ -120,6 +128,11 @@ class EncoderConfig(Validated):
     def head_dim(self) -> int:
         """Width of an attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether attention draws hashes, so that calls need a `hash` stream."""
+        return self.attention == "yoso" and not self.use_expectation
 
     def replace[C: "EncoderConfig"](self: C, **changes: Any) -> C:
         """A copy with these fields changed, validated again."""
@@ -354,6 +367,7 @@ class YosoConfig(EncoderConfig):
 
 _WRITTEN_IF_CHANGED = frozenset(
     {
+        "attention",
         "bit_layout",
         "hf_mask_compat",
         "scan_layers",

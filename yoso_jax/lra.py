@@ -1,6 +1,9 @@
 """The classifier of the Long Range Arena experiments: a pre-norm encoder over raw symbols.
 
 As the YOSO authors trained it; the encoder's layers are those of the Hugging Face architectures.
+The paper's variants are configurations: softmax is `attention="softmax"`, YOSO-E
+`use_expectation=True`, YOSO-m `use_expectation=False` with `num_hash=m`, and YOSO-C-m that
+with a `conv_window`.
 """
 
 import dataclasses
@@ -128,8 +131,8 @@ class LRAClassifier(PretrainedModel):
                 for none.
             labels: [B] integers in [0, num_labels), -100 where ignored.
             deterministic: False drops out.
-            rngs: its `hash` stream is used when sampling (`use_expectation=False`), its `dropout`
-                stream when not deterministic.
+            rngs: its `hash` stream is used where `config.is_sampled`, its `dropout` stream when not
+                deterministic.
 
         Returns:
             Logits [B, num_labels], and with labels the mean cross entropy, 0 if all are ignored.
@@ -152,7 +155,9 @@ class LRAClassifier(PretrainedModel):
             mask = jnp.pad(mask[:, :-1], ((0, 0), (1, 0)), constant_values=True)
         x = self.word_embeddings(ids) + self.position_embeddings(jnp.arange(shape[1]))
         x = self.dropout(x, draw_dropout_key(config, deterministic, rngs))
-        x = self.encoder(x, mask, deterministic=deterministic, rngs=rngs).last_hidden_state
+        # Attention is faster without a mask.
+        attended = None if attention_mask is None else mask
+        x = self.encoder(x, attended, deterministic=deterministic, rngs=rngs).last_hidden_state
         x = jnp.where(mask[:, :, None], self.norm(x), 0)
         pooled = self._pool(x, mask)
         if config.dual:

@@ -1,7 +1,7 @@
 """The encoder: attention, feed-forward blocks, and their stack.
 
 Every layer is called with explicit keys. A None `dropout_key` means no dropout; a None `hash_key`
-is only possible in expectation mode.
+is only possible where `config.is_sampled` is false.
 """
 
 import dataclasses
@@ -119,7 +119,7 @@ class DepthwiseConv(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head YOSO attention up to the merged context (paper, section 3)."""
+    """Multi-head attention up to the merged context: YOSO (paper, section 3) or softmax."""
 
     def __init__(self, config: EncoderConfig, policy: Policy, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -139,25 +139,51 @@ class SelfAttention(nnx.Module):
         """Masked tokens neither attend nor are attended to, nor enter the convolution."""
         config = self.config
         heads = (*x.shape[:2], config.num_attention_heads, config.head_dim)
-        value = self.value(x).reshape(heads)
-        context = yoso_attention(
-            self.query(x).reshape(heads),
-            self.key(x).reshape(heads),
-            value,
-            None if config.hf_mask_compat else mask,
-            rng=hash_key,
-            num_hashes=None if config.use_expectation else config.num_hash,
-            hash_code_len=config.hash_code_len,
-            hash_fn="fast" if config.use_fast_hash else "gaussian",
-            bit_layout=config.bit_layout,
-            backward="sampled" if config.lsh_backward else "expectation",
-            implementation=config.attention_implementation,
+        query, key, value = (
+            project(x).reshape(heads) for project in (self.query, self.key, self.value)
         )
+        attention_mask = None if config.hf_mask_compat else mask
+        if config.attention == "softmax":
+            context = _softmax_attention(config, query, key, value, attention_mask)
+        else:
+            context = yoso_attention(
+                query,
+                key,
+                value,
+                attention_mask,
+                rng=hash_key,
+                num_hashes=config.num_hash if config.is_sampled else None,
+                hash_code_len=config.hash_code_len,
+                hash_fn="fast" if config.use_fast_hash else "gaussian",
+                bit_layout=config.bit_layout,
+                backward="sampled" if config.lsh_backward else "expectation",
+                implementation=config.attention_implementation,
+            )
         if self.conv is not None:
             if mask is not None:
                 value = jnp.where(mask[:, :, None, None], value, 0)
             context += self.conv(value)
         return context.reshape(x.shape)
+
+
+def _softmax_attention(
+    config: EncoderConfig,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T N H"],
+    value: Float[Array, "B T N H"],
+    mask: Bool[Array, "B T"] | None,
+) -> Float[Array, "B T N H"]:
+    """Scaled dot product attention; rows of masked tokens are zero, as YOSO's are."""
+    pairs = None
+    if mask is not None:
+        # cuDNN wants a row of the mask for each query.
+        batch, tokens = mask.shape
+        pairs = jnp.broadcast_to(mask[:, None, None, :], (batch, 1, tokens, tokens))
+    implementation: Any = config.attention_implementation
+    context = jax.nn.dot_product_attention(
+        query, key, value, mask=pairs, implementation=implementation
+    )
+    return context if mask is None else jnp.where(mask[:, :, None, None], context, 0)
 
 
 class Block(nnx.Module):
@@ -236,7 +262,7 @@ class Encoder(nnx.Module):
             ValueError: a needed stream is missing.
         """
         hash_key = None
-        if not self.config.use_expectation:
+        if self.config.is_sampled:
             hash_key = draw_key(rngs, "hash", "sampled attention (use_expectation=False)")
         dropout_key = draw_dropout_key(self.config, deterministic, rngs)
         depth = self.config.num_hidden_layers
