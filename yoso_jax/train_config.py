@@ -5,11 +5,12 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 import yaml
 
-from yoso_jax.data.listops import VOCAB, ListOpsConfig
+from yoso_jax.data.tasks import TASKS, DataConfig
 from yoso_jax.errors import ConfigError
 from yoso_jax.lra import LRAConfig
 from yoso_jax.optim import OptimizerConfig
@@ -27,25 +28,27 @@ _FREE_ON_RESUME = (
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One classifier trained on ListOps; every number a run depends on."""
+    """One classifier trained on a task of Long Range Arena; every number a run depends on."""
 
     run_dir: str
     """Folder the run writes: config.yaml, checkpoints/, metrics.jsonl, results.json, curves.png."""
     steps: int
     """Updates in all, >= 1. A resumed run may raise it."""
     sequence_length: int
-    """Tokens an example is padded to, in 1..model.max_position_embeddings; none may be longer."""
-    data: ListOpsConfig
-    """The examples to generate."""
+    """Tokens an example is padded to, in 1..model.max_position_embeddings. Text and Retrieval are
+    cut off there; examples of the other tasks may not be longer."""
+    data: Annotated[DataConfig, tyro.conf.AvoidSubcommands]
+    """The task and its examples. In YAML the field `task` (listops, pathfinder, image, text or
+    retrieval; listops by default) says which of the configurations the others are fields of."""
     model: LRAConfig
     """The classifier."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     """The optimiser and its schedule."""
     data_dir: str = "data/listops"
-    """Folder in which generated examples are kept."""
+    """Folder that holds the files of the task; ListOps and Pathfinder are generated into it."""
     tsv_dir: str | None = None
-    """Folder of a published copy (basic_train.tsv, basic_val.tsv, basic_test.tsv) to read instead
-    of generating `data`."""
+    """Folder of a published copy of ListOps (basic_train.tsv, basic_val.tsv, basic_test.tsv) to
+    read instead of generating `data`."""
     seed: int = 0
     """Seed of the initial parameters, the order of the data, dropout and hashing, >= 0."""
     batch_size: int = 32
@@ -84,23 +87,30 @@ class TrainConfig:
                 f"sequence_length must be at most model.max_position_embeddings "
                 f"({self.model.max_position_embeddings}), got {self.sequence_length}"
             )
-        if self.tsv_dir is None and self.sequence_length < self.data.max_length - 1:
-            raise ValueError(
-                f"sequence_length must be at least {self.data.max_length - 1}, the longest "
-                f"expression that data.max_length ({self.data.max_length}) allows, "
-                f"got {self.sequence_length}"
-            )
-        for name, least in (("vocab_size", len(VOCAB)), ("num_labels", 10)):
-            if getattr(self.model, name) < least:
-                raise ValueError(
-                    f"model.{name} must be at least {least} for ListOps, "
-                    f"got {getattr(self.model, name)}"
-                )
+        self._check_task()
         if self.optimizer.warmup_steps > self.steps:
             raise ValueError(
                 f"optimizer.warmup_steps must be at most steps ({self.steps}), "
                 f"got {self.optimizer.warmup_steps}"
             )
+
+    def _check_task(self) -> None:
+        name, task = self.data.task, TASKS[self.data.task]
+        if self.tsv_dir is not None and name != "listops":
+            raise ValueError(f"tsv_dir must be null for {name}: only listops has a published copy")
+        longest = None if self.tsv_dir is not None else task.longest(self.data)
+        if longest is not None and self.sequence_length < longest:
+            raise ValueError(
+                f"sequence_length must be at least {longest}, the longest example of {name} that "
+                f"data allows, got {self.sequence_length}"
+            )
+        for field in ("vocab_size", "num_labels"):
+            least, value = getattr(task, field), getattr(self.model, field)
+            if value < least:
+                raise ValueError(f"model.{field} must be at least {least} for {name}, got {value}")
+        if self.model.dual != task.dual:
+            accepted, found = (str(value).lower() for value in (task.dual, self.model.dual))
+            raise ValueError(f"model.dual must be {accepted} for {name}, got {found}")
 
 
 def load_config(path: str | Path) -> TrainConfig:
@@ -121,15 +131,17 @@ def load_config(path: str | Path) -> TrainConfig:
 
 def dump_config(config: TrainConfig) -> str:
     """Every field, defaults included, as YAML that `load_config` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    return yaml.safe_dump(_to_values(config), sort_keys=False)
 
 
 def resume_conflicts(saved: TrainConfig, requested: TrainConfig) -> list[str]:
     """One line per field that a resumed run may not change; empty if it can go on."""
     old, new = (
-        _flatten(dataclasses.asdict(saved)),
-        _flatten(dataclasses.asdict(requested)),
+        _flatten(_to_values(saved)),
+        _flatten(_to_values(requested)),
     )
+    if saved.data.task != requested.data.task:
+        return [f"data.task: {saved.data.task!r} in the run, {requested.data.task!r} asked for"]
     conflicts = [
         f"{name}: {old[name]!r} in the run, {new[name]!r} asked for"
         for name in old
@@ -138,6 +150,11 @@ def resume_conflicts(saved: TrainConfig, requested: TrainConfig) -> list[str]:
     if requested.steps < saved.steps:
         conflicts.append(f"steps: {saved.steps} in the run, cannot be lowered to {requested.steps}")
     return conflicts
+
+
+def _to_values(config: TrainConfig) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    return values | {"data": {"task": config.data.task, **values["data"]}}
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -173,10 +190,25 @@ def _build(cls: type, values: object, file: str, prefix: str) -> Any:
         raise ConfigError(f"{file}: {prefix}{error}") from error
 
 
+def _build_task(options: tuple[Any, ...], values: object, file: str, name: str) -> Any:
+    """Builds the dataclass that the field `task` names, the first if there is none."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{file}: {name} must be a mapping of fields, got {values!r}")
+    by_task = {option.task: option for option in options}
+    task = values.get("task", options[0].task)
+    if not isinstance(task, str) or task not in by_task:
+        accepted = " or ".join(map(repr, by_task))
+        raise ConfigError(f"{file}: field '{name}.task' must be {accepted}, got {task!r}")
+    fields = {field: value for field, value in values.items() if field != "task"}
+    return _build(by_task[task], fields, file, name + ".")
+
+
 def _convert(hint: Any, value: object, file: str, name: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, file, name + ".")
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if dataclasses.is_dataclass(options[0]):
+        return _build_task(options, value, file, name)
     for option in options:
         if typing.get_origin(option) is Literal:
             if value in typing.get_args(option):

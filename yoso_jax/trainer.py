@@ -15,8 +15,10 @@ from jaxtyping import PyTree
 from rich.console import Console
 
 from yoso_jax.checkpointing import Checkpoints
-from yoso_jax.data.listops import ListOpsData, ListOpsSplit, load_listops_tsv, prepare_listops
+from yoso_jax.data.listops import read_published
 from yoso_jax.data.pipeline import eval_batches, make_iterator
+from yoso_jax.data.splits import Split, TaskData
+from yoso_jax.data.tasks import load_task
 from yoso_jax.errors import (
     ConfigError,
     DataError,
@@ -90,8 +92,8 @@ def train(
         ) from error
 
 
-def load_data(config: TrainConfig) -> ListOpsData:
-    """The three splits, read from `tsv_dir` or generated (and kept) in `data_dir`.
+def load_data(config: TrainConfig) -> TaskData:
+    """The three splits, read from `tsv_dir` or `data_dir`, or generated (and kept) in `data_dir`.
 
     Raises:
         DataError: the files are missing or damaged, or cannot be made.
@@ -99,13 +101,9 @@ def load_data(config: TrainConfig) -> ListOpsData:
     """
     try:
         if config.tsv_dir is None:
-            data = prepare_listops(config.data, config.data_dir)
+            data = load_task(config.data, config.data_dir, config.sequence_length)
         else:
-            folder = Path(config.tsv_dir)
-            train, valid, test = (
-                load_listops_tsv(folder / f"basic_{name}.tsv") for name in ("train", "val", "test")
-            )
-            data = ListOpsData(train=train, valid=valid, test=test, folder=folder)
+            data = read_published(config.tsv_dir)
     except OSError as error:
         if is_disk_full(error):
             raise
@@ -119,12 +117,12 @@ def load_data(config: TrainConfig) -> ListOpsData:
     return data
 
 
-def make_evaluation(config: TrainConfig) -> Callable[[PyTree, ListOpsSplit], dict[str, float]]:
+def make_evaluation(config: TrainConfig) -> Callable[[PyTree, Split], dict[str, float]]:
     """A function from parameters and a split to loss and accuracy, hashed by the run's seed."""
     _, _, eval_key = make_keys(config.seed)
     eval_step = make_eval_step(make_graphdef(config))
 
-    def evaluation(params: PyTree, split: ListOpsSplit) -> dict[str, float]:
+    def evaluation(params: PyTree, split: Split) -> dict[str, float]:
         batches = eval_batches(
             split, batch_size=config.eval_batch_size, max_length=config.sequence_length
         )
@@ -133,7 +131,7 @@ def make_evaluation(config: TrainConfig) -> Callable[[PyTree, ListOpsSplit], dic
     return evaluation
 
 
-def majority_baseline(train: ListOpsSplit, split: ListOpsSplit) -> float:
+def majority_baseline(train: Split, split: Split) -> float:
     """Accuracy on `split` of always answering the most frequent label of `train`."""
     return float((split.labels == np.bincount(train.labels).argmax()).mean())
 
@@ -237,7 +235,7 @@ def _train(
 
 
 def _finish(
-    config: TrainConfig, data: ListOpsData, test: dict[str, float], progress: TrainingProgress
+    config: TrainConfig, data: TaskData, test: dict[str, float], progress: TrainingProgress
 ) -> dict[str, Any]:
     run_dir = Path(config.run_dir)
     baseline = majority_baseline(data.train, data.test)

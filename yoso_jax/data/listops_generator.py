@@ -8,11 +8,12 @@ above the maximum depth is an operator with probability 0.25, otherwise a digit;
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from yoso_jax.data.splits import Examples
 from yoso_jax.errors import DataError
 
 VOCAB = ("<pad>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
@@ -49,6 +50,8 @@ class ListOpsConfig:
     Raises:
       ValueError: a field is out of range; the message names it.
     """
+
+    task: ClassVar[str] = "listops"
 
     num_train: int = 96_000
     num_valid: int = 2_000
@@ -94,14 +97,6 @@ class ListOpsConfig:
     def num_examples(self) -> int:
         """Examples in all splits together."""
         return self.num_train + self.num_valid + self.num_test
-
-
-class Examples(NamedTuple):
-    """Expressions laid end to end: example i is `tokens[offsets[i]:offsets[i + 1]]`."""
-
-    tokens: UInt8[np.ndarray, " total"]
-    offsets: Int[np.ndarray, " num_offsets"]
-    labels: UInt8[np.ndarray, " num_examples"]
 
 
 def generate_examples(

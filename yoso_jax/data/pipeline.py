@@ -29,15 +29,16 @@ def make_iterator(
     """Makes a resumable iterator of training batches.
 
     A batch is `{"input_ids": int32 [B, T], "attention_mask": bool [B, T], "labels": int32 [B]}`
-    with T = `max_length`; ids are padded with 0, the mask is True on tokens. Batches depend on
-    `seed` alone, not on `num_workers`. Epochs follow each other without a gap: a batch may hold the
-    end of one and the start of the next.
+    with T = `max_length`, and [B, 2, T] for a source of pairs; ids are padded with 0, the mask is
+    True on tokens. Batches depend on `seed` alone, not on `num_workers`. Epochs follow each other
+    without a gap: a batch may hold the end of one and the start of the next.
 
     The position is saved with `get_state` and `set_state`, or by Orbax with the iterator as a
     checkpointable; it is exact, and holds for an iterator made with the same arguments.
 
     Args:
-      source: random access to `{"input_ids": integer [length], "labels": integer}`.
+      source: random access to `{"input_ids": integer [length], "labels": integer}`; for pairs
+        `input_ids` is a tuple of two such arrays.
       batch_size: B, >= 1.
       max_length: T, at least the length of every example. Nothing is ever truncated.
       seed: >= 0; orders the examples when `shuffle` is set.
@@ -108,12 +109,16 @@ def eval_batches(source: Source, *, batch_size: int, max_length: int) -> grain.I
 
 
 def _pad(element: dict[str, Any], max_length: int, weight: bool = False) -> dict[str, Any]:
-    input_ids = _check_example(element, max_length)
-    padded = np.zeros(max_length, np.int32)
-    padded[: input_ids.size] = input_ids
+    sequences = _check_example(element, max_length)
+    padded = np.zeros((len(sequences), max_length), np.int32)
+    for row, sequence in zip(padded, sequences, strict=True):
+        row[: sequence.size] = sequence
+    lengths = np.array([[sequence.size] for sequence in sequences])
+    mask = np.arange(max_length) < lengths
+    is_pair = isinstance(element["input_ids"], tuple)
     example = {
-        "input_ids": padded,
-        "attention_mask": np.arange(max_length) < input_ids.size,
+        "input_ids": padded if is_pair else padded[0],
+        "attention_mask": mask if is_pair else mask[0],
         "labels": np.int32(element["labels"]),
     }
     return example | {"weight": np.float32(1)} if weight else example
@@ -135,23 +140,29 @@ def _check_source(source: Source, max_length: int) -> None:
         _check_length(int(np.max(lengths)), max_length)
 
 
-def _check_example(element: Any, max_length: int) -> np.ndarray:
-    """Returns the ids of an example that can be padded to `max_length`."""
+def _check_example(element: Any, max_length: int) -> list[np.ndarray]:
+    """Returns the sequences of an example, one or two, that can be padded to `max_length`."""
     if not isinstance(element, dict) or not {"input_ids", "labels"} <= element.keys():
         found = sorted(element) if isinstance(element, dict) else type(element).__name__
         raise ValueError(f"source must give dicts with 'input_ids' and 'labels', got {found}")
-    input_ids, label = np.asarray(element["input_ids"]), np.asarray(element["labels"])
-    if input_ids.ndim != 1 or input_ids.dtype.kind not in "iu" or input_ids.size == 0:
-        raise ValueError(
-            "source's 'input_ids' must be integers of shape [length], length >= 1, got "
-            f"{input_ids.dtype} {list(input_ids.shape)}"
-        )
+    input_ids, label = element["input_ids"], np.asarray(element["labels"])
+    if isinstance(input_ids, tuple) and len(input_ids) != 2:
+        raise ValueError(f"source's 'input_ids' must be one or two sequences, got {len(input_ids)}")
+    sequences = [
+        np.asarray(each) for each in (input_ids if isinstance(input_ids, tuple) else [input_ids])
+    ]
+    for sequence in sequences:
+        if sequence.ndim != 1 or sequence.dtype.kind not in "iu" or sequence.size == 0:
+            raise ValueError(
+                "source's 'input_ids' must be integers of shape [length], length >= 1, got "
+                f"{sequence.dtype} {list(sequence.shape)}"
+            )
+        _check_length(sequence.size, max_length)
     if label.ndim != 0 or label.dtype.kind not in "iu":
         raise ValueError(
             f"source's 'labels' must be one integer, got {label.dtype} {list(label.shape)}"
         )
-    _check_length(input_ids.size, max_length)
-    return input_ids
+    return sequences
 
 
 def _check_length(length: int, max_length: int) -> None:
