@@ -38,7 +38,9 @@ def gradients(mode, **options):
 
 
 def assert_close(result, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), result, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), result, expected
+    )
 
 
 @mode
