@@ -138,7 +138,9 @@ def majority_baseline(train: Split, split: Split) -> float:
 
 def describe_accuracy(config: TrainConfig, accuracy: float, baseline: float) -> str:
     """E.g. `60.1% (sampled attention), majority baseline 20.0%, +40.1 points`."""
-    mode = "expectation" if config.model.use_expectation else "sampled"
+    mode = "sampled" if config.model.is_sampled else "expectation"
+    if config.model.attention == "softmax":
+        mode = "softmax"
     return (
         f"{accuracy:.1%} ({mode} attention), majority baseline {baseline:.1%}, "
         f"{100 * (accuracy - baseline):+.1f} points"
