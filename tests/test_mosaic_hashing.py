@@ -119,6 +119,63 @@ def test_signs_become_arranged_codes(heads, tokens, num_hashes, hash_code_len, f
     )
 
 
+@pytest.mark.parametrize(
+    ("tokens", "heads", "head_dim"),
+    [(1, 1, 2), (130, 3, 64), (70, 2, 72), (64, 1, 44), (9, 2, 256), (100, 1, 16), (77, 1, 250)],
+)
+def test_ragged_tiles_are_copied_as_matrix_products_read_them(tokens, heads, head_dim):
+    plan = Plan(heads, tokens, head_dim, 8, 9, 0)
+    assert not plan.has_whole_tiles
+    x = np.random.default_rng(0).integers(1, 2**16, (tokens, heads, head_dim), np.uint16)
+    words = TILE * plan.row_bytes // 4
+
+    def body(lane, inputs, outputs, shared, block):
+        head, tile = block // plan.tiles, block % plan.tiles
+        hashing.clear_tiles(lane, shared, plan)
+        lane.barrier()
+        hashing.copy_tile(
+            lane,
+            inputs[0].at(head, 2 * head_dim),
+            shared,
+            first_token=tile * TILE,
+            stride=2 * heads * head_dim,
+            plan=plan,
+        )
+        lane.commit_copies()
+        lane.wait_for_copies(0)
+        lane.barrier()
+
+        def store(i):
+            outputs[0].at(block * words + i, 4).store(shared.at(i, 4).load())
+
+        lane.fori_loop(lane.thread_id(), words, store, step=128)
+
+    out = jax.ShapeDtypeStruct((heads, plan.tiles, words), jnp.int32)
+    program = Program(
+        "copy_tile",
+        body,
+        outputs=(out,),
+        num_blocks=heads * plan.tiles,
+        num_warpgroups=1,
+        shared_bytes=2 * TILE * plan.row_bytes,
+    )
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        out = lane_numpy.call(program, x)[0]
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+    # Pieces of 16 bytes: exchanged by their row of eight, in blocks of the swizzle.
+    pieces = out.view(np.uint16).reshape(heads, plan.tiles, -1, 8)
+    number = np.arange(pieces.shape[2])
+    pieces = pieces[:, :, number ^ (number >> 3 & (plan.swizzle // 16 - 1))]
+    blocks = pieces.reshape(heads, plan.tiles, TILE // 8, -1, 8, plan.swizzle // 2)
+    rows = blocks.swapaxes(3, 4).reshape(heads, plan.tiles * TILE, plan.padded_dim)
+    np.testing.assert_array_equal(rows[:, :tokens, :head_dim], x.swapaxes(0, 1))
+    assert (rows[..., head_dim:] == 0).all()
+    assert (rows[:, tokens:, :head_dim] == rows[:, tokens - 1 : tokens, :head_dim]).all()
+
+
 def test_projections_that_are_not_numbers_set_no_bit():
     plan = Plan(1, 64, 16, 3, 9, 1)
     products = np.full((1, 64, 72), np.nan, np.float32)
@@ -177,6 +234,7 @@ def lower(fn, *arrays):
         (3, 72, 2, 192, 40, 7),
         (2, 4096, 2, 256, 64, 10),
         (1, 64, 2, 80, 8, 11),
+        (2, 301, 3, 72, 16, 9),
     ],
 )
 def test_kernel_lowers_for_cuda(batch, tokens, heads, head_dim, num_hashes, hash_code_len, dtype):
@@ -266,7 +324,9 @@ GPU_SHAPES = [
     (3, 72, 2, 192, 40, 7),
     (2, 777, 2, 256, 64, 10),
     (1, 64, 2, 80, 8, 11),
+    (2, 301, 3, 72, 16, 9),
     (1, 20000, 1, 16, 9, 4),
+    (2, 20001, 2, 64, 32, 9),
 ]
 
 

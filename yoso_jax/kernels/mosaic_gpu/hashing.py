@@ -11,6 +11,7 @@ permuted so that these are all the bits of hashes `2 * q` and `2 * q + 1`: threa
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,14 @@ from jax import lax
 from jaxtyping import Array, Float, UInt16
 
 from yoso_jax.kernels.mosaic_gpu import layout
-from yoso_jax.kernels.mosaic_gpu.lane import F32, I32, WARPGROUP, GlobalPointer, Lane
+from yoso_jax.kernels.mosaic_gpu.lane import (
+    F32,
+    I32,
+    WARPGROUP,
+    GlobalPointer,
+    Lane,
+    SharedPointer,
+)
 
 MAX_HASHES = 128
 MAX_HEAD_DIM = 256
@@ -51,7 +59,7 @@ class Plan:
     Attributes:
       heads: batch rows times heads.
       num_tokens: tokens of a head, T.
-      head_dim: length of a token as the kernel sees it, a multiple of 16.
+      head_dim: length of a token, H, an even number.
       num_hashes: number of hashes.
       hash_code_len: bits of a code.
       filler: code of the hashes that fill up the last group.
@@ -75,9 +83,23 @@ class Plan:
         return layout.HASHES * self.hash_code_len
 
     @property
+    def padded_dim(self) -> int:
+        """Length of a token in shared memory, a multiple of 16."""
+        return -(-self.head_dim // 16) * 16
+
+    @property
     def row_bytes(self) -> int:
-        """Bytes of a token, and of a column of the projection."""
-        return 2 * self.head_dim
+        """Bytes of a token in shared memory, and of a column of the projection."""
+        return 2 * self.padded_dim
+
+    @property
+    def has_whole_tiles(self) -> bool:
+        """Whether tiles can be loaded by one instruction of the hardware (TMA).
+
+        It reads zeros beyond the end, but only from whole groups of eight rows.
+        """
+        is_long = self.num_tokens >= TILE
+        return is_long and self.num_tokens % 8 == 0 and self.head_dim == self.padded_dim
 
     @property
     def swizzle(self) -> int:
@@ -138,18 +160,66 @@ def _largest_divisor(number: int, most: int) -> int:
 
 def arrange_projection(
     projection: Float[Array, "heads H columns"], plan: Plan
-) -> Float[Array, "heads arranged {plan.head_dim}"]:
+) -> Float[Array, "heads arranged {plan.padded_dim}"]:
     """The rows are what the columns of a matrix product are to be, negated.
 
     A bit is then the sign bit of its product: set where the projection is greater than zero. It is
     not set where the projection is zero, since a sum that starts from +0 is never -0.
     """
     heads, size, columns = projection.shape
-    fill = [(0, 0), (0, plan.head_dim - size), (0, plan.groups * plan.group_columns - columns)]
+    fill = [(0, 0), (0, plan.padded_dim - size), (0, plan.groups * plan.group_columns - columns)]
     # Of a group: the thread q, then its bits of two hashes as pairs of neighbours.
-    shape = (heads, plan.head_dim, plan.groups, 4, plan.hash_code_len, 2)
+    shape = (heads, plan.padded_dim, plan.groups, 4, plan.hash_code_len, 2)
     rows = jnp.pad(-projection, fill).reshape(shape).transpose(0, 2, 4, 3, 5, 1)
-    return rows.reshape(heads, -1, plan.head_dim)
+    return rows.reshape(heads, -1, plan.padded_dim)
+
+
+def copy_tile(
+    lane: Lane,
+    tokens: GlobalPointer,
+    tile: SharedPointer,
+    *,
+    first_token: I32,
+    stride: int,
+    plan: Plan,
+) -> None:
+    """Starts to copy a tile into the arrangement that matrix products read.
+
+    Shared memory has, for each eight rows, blocks of `swizzle` bytes of each; in a block, pieces of
+    16 bytes are exchanged so that eight rows of a column lie in different banks.
+
+    Args:
+      lane: a thread of a warpgroup.
+      tokens: to a head's first token.
+      tile: to the tile, aligned to 1024 bytes. Beyond the end of a row nothing is written.
+      first_token: the token of the first row. Rows beyond the last token repeat it.
+      stride: bytes from a token to the next.
+      plan: shapes.
+    """
+    size, swizzle = math.gcd(2 * plan.head_dim, 16), plan.swizzle
+    pieces = 2 * plan.head_dim // size
+
+    def copy(i: I32) -> None:
+        row, byte = i // pieces, i % pieces * size
+        token = lane.minimum(first_token + row, plan.num_tokens - 1)
+        block = (row >> 3) * (plan.row_bytes // swizzle) + byte // swizzle
+        offset = block * (8 * swizzle) + (row & 7) * swizzle + byte % swizzle
+        offset = offset ^ ((offset >> 7 & (swizzle // 16 - 1)) << 4)
+        tile.at(offset, 1).start_copy(tokens.at(token, stride).at(byte, 1), size)
+
+    thread = lane.thread_id() & (WARPGROUP - 1)
+    lane.fori_loop(thread, TILE * pieces, copy, step=WARPGROUP)
+
+
+def clear_tiles(lane: Lane, tiles: SharedPointer, plan: Plan) -> None:
+    """Sets the two tiles of a warpgroup to zero, for what is beyond the end of rows."""
+    zeros = [lane.i32(0)] * 4
+    lane.fori_loop(
+        lane.thread_id() & (WARPGROUP - 1),
+        2 * TILE * plan.row_bytes // 16,
+        lambda i: tiles.at(i, 16).store(zeros),
+        step=WARPGROUP,
+    )
 
 
 def store_codes(
@@ -219,7 +289,8 @@ def _pack_signs(lane: Lane, values: Sequence[F32]) -> I32:
 def _kernel(plan: Plan, dtype: np.dtype, num_heads: int) -> Callable[..., Array]:
     """The kernel of tokens `[B, T, N, H]` and an arranged projection."""
     # These load JAX's GPU dialects.
-    from jax._src.lib.mlir.dialects import vector
+    from jax._src.lib.mlir.dialects import llvm, vector
+    from jax.experimental.mosaic.gpu import utils
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -230,6 +301,37 @@ def _kernel(plan: Plan, dtype: np.dtype, num_heads: int) -> Callable[..., Array]
     step_columns = plan.step_groups * plan.group_columns
     chunks, splits, block_tiles = plan.chunks, plan.splits, plan.block_tiles
     scalar = plgpu.Layout.WG_SPLAT(())
+    transforms = (
+        plgpu.TilingTransform((8, plan.swizzle // 2)),
+        plgpu.SwizzleTransform(plan.swizzle),
+    )
+
+    def tile_pointer(lane: Lane, tiles: Any, number: I32) -> SharedPointer:
+        start = llvm.ptrtoint(lane.i32(0).raw.type, utils.memref_ptr(tiles))
+        return SharedPointer(lane, start).at(number, TILE * plan.row_bytes)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), scalar))
+    def clear(_: Any, tiles: Any, slot: Any) -> None:
+        lane = MosaicLane(warpgroups * WARPGROUP)
+        clear_tiles(lane, tile_pointer(lane, tiles, I32(lane, slot.registers.item())), plan)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.RefType(transforms), scalar, scalar, scalar, scalar)
+    )
+    def copy(_: Any, x: Any, tiles: Any, *scalars: Any) -> None:
+        lane = MosaicLane(warpgroups * WARPGROUP)
+        slot, batch, n, token = (I32(lane, x.registers.item()) for x in scalars)
+        stride = 2 * num_heads * plan.head_dim
+        tokens = lane.global_pointer(x, writable=False)
+        tokens = tokens.at(batch, plan.num_tokens * stride).at(n, 2 * plan.head_dim)
+        tile = tile_pointer(lane, tiles, slot)
+        copy_tile(lane, tokens, tile, first_token=token, stride=stride, plan=plan)
+
+    @plgpu.inline_mgpu()
+    def wait_for_copies(_: Any) -> None:
+        lane = MosaicLane(warpgroups * WARPGROUP)
+        lane.commit_copies()
+        lane.wait_for_copies(0)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), scalar, scalar, scalar))
     def epilogue(_: Any, products: Any, codes: Any, *scalars: Any) -> None:
@@ -261,13 +363,20 @@ def _kernel(plan: Plan, dtype: np.dtype, num_heads: int) -> Callable[..., Array]
             slot = warpgroup * 2 + lax.rem(i, 2)
             token = (first_tile + i * warpgroups) * TILE
             batch, n = lax.div(head, num_heads), lax.rem(head, num_heads)
-            tile = x.at[batch, pl.ds(token, TILE), n]
-            plgpu.copy_gmem_to_smem(tile, tiles.at[slot], loaded.at[slot])
+            if plan.has_whole_tiles:
+                tile = x.at[batch, pl.ds(token, TILE), n]
+                plgpu.copy_gmem_to_smem(tile, tiles.at[slot], loaded.at[slot])
+            else:
+                copy(x, tiles, slot, batch, n, token)
 
         @pl.when(warpgroup == 0)
         def _() -> None:
             mine = rows.at[head, pl.ds(chunk * columns, columns)]
             plgpu.copy_gmem_to_smem(mine, projection, projected)
+
+        if plan.head_dim != plan.padded_dim:
+            clear(tiles, warpgroup * 2)
+            plgpu.commit_smem()
 
         @pl.when(rounds > 0)
         def _() -> None:
@@ -279,11 +388,17 @@ def _kernel(plan: Plan, dtype: np.dtype, num_heads: int) -> Callable[..., Array]
         def _(i: Any) -> None:
             slot = warpgroup * 2 + lax.rem(i, 2)
 
-            @pl.when(i + 1 < rounds)
-            def _() -> None:
-                load(i + 1)
+            def load_next() -> None:
+                pl.when(i + 1 < rounds)(lambda: load(i + 1))
 
-            plgpu.barrier_wait(loaded.at[slot])
+            if plan.has_whole_tiles:
+                load_next()
+                plgpu.barrier_wait(loaded.at[slot])
+            else:
+                wait_for_copies()
+                # Only then are all threads of the warpgroup done with the tile before this one.
+                plgpu.commit_smem()
+                load_next()
 
             # A loop that stays one: unrolled products would wait for each other and spill.
             @pl.loop(0, groups // plan.step_groups)
@@ -299,18 +414,14 @@ def _kernel(plan: Plan, dtype: np.dtype, num_heads: int) -> Callable[..., Array]
                 token = (first_tile + i * warpgroups) * TILE
                 epilogue(products, codes, head, group, token)
 
-    transforms = (
-        plgpu.TilingTransform((8, plan.swizzle // 2)),
-        plgpu.SwizzleTransform(plan.swizzle),
-    )
     return plgpu.kernel(
         hash_tokens,
         out_type=jax.ShapeDtypeStruct(
             (plan.heads, plan.groups, plan.num_tokens, layout.HASHES), jnp.uint16
         ),
         scratch_types=[
-            plgpu.SMEM((2 * warpgroups, TILE, plan.head_dim), dtype, transforms=transforms),
-            plgpu.SMEM((columns, plan.head_dim), dtype, transforms=transforms),
+            plgpu.SMEM((2 * warpgroups, TILE, plan.padded_dim), dtype, transforms=transforms),
+            plgpu.SMEM((columns, plan.padded_dim), dtype, transforms=transforms),
             plgpu.Barrier(num_barriers=2 * warpgroups),
             plgpu.Barrier(),
         ],
@@ -331,8 +442,7 @@ def hash_tokens(
     """Arranged codes of `x @ projection`, with float32 sums.
 
     Args:
-      x: tokens, bfloat16 or float16. H is 1 to 256; multiples of 16 with T a multiple of 8 are read
-        where they are, others are copied.
+      x: tokens, bfloat16 or float16. H is 1 to 256; only if it is odd is the array copied.
       projection: of each head, in the dtype of `x`; column `h * hash_code_len + i` is bit i of hash
         h.
       hash_code_len: bits of a code, 1 to 12.
@@ -360,16 +470,18 @@ def hash_tokens(
         )
     if 0 in (batch, num_tokens, num_heads):
         raise NotImplementedError(f"mosaic_gpu needs at least one token, got {x.shape}.")
+    if head_dim % 2:
+        # Threads copy whole words.
+        x = jnp.pad(x, [(0, 0)] * 3 + [(0, 1)])
+        projection = jnp.pad(projection, [(0, 0), (0, 0), (0, 1), (0, 0)])
+        head_dim += 1
     plan = Plan(
         heads=batch * num_heads,
         num_tokens=num_tokens,
-        head_dim=-(-head_dim // 16) * 16,
+        head_dim=head_dim,
         num_hashes=num_hashes,
         hash_code_len=hash_code_len,
         filler=filler,
     )
     rows = arrange_projection(projection.reshape(plan.heads, head_dim, -1), plan)
-    # Rows beyond a tensor's end read as zeros, but its tiles in shared memory have eight rows.
-    padded = max(TILE, -(-num_tokens // 8) * 8)
-    x = jnp.pad(x, [(0, 0), (0, padded - num_tokens), (0, 0), (0, plan.head_dim - head_dim)])
     return _kernel(plan, np.dtype(x.dtype), num_heads)(x, rows)

@@ -237,9 +237,11 @@ class SharedPointer(_Value):
         _check_access(len(words), offset)
         self.lane._store_shared(self.raw, [word.raw for word in words], offset)
 
-    def start_copy(self, source: GlobalPointer) -> None:
-        """Begins to copy 16 bytes of an input to here; `Lane.wait_for_copies` waits for the end."""
-        self.lane._start_copy(self.raw, source.raw)
+    def start_copy(self, source: GlobalPointer, num_bytes: int = 16) -> None:
+        """Begins to copy 4, 8 or 16 bytes of an input; `Lane.wait_for_copies` waits for the end."""
+        if num_bytes not in (4, 8, 16):
+            raise ValueError(f"num_bytes must be 4, 8 or 16, got {num_bytes}.")
+        self.lane._start_copy(self.raw, source.raw, num_bytes)
 
     def add(self, value: I32, offset: int = 0) -> None:
         """Adds to the word at `offset` bytes from here, atomically."""
@@ -421,7 +423,7 @@ class Lane(abc.ABC):
     def _store_shared(self, address: Any, words: list, offset: int) -> None: ...
 
     @abc.abstractmethod
-    def _start_copy(self, address: Any, source: Any) -> None: ...
+    def _start_copy(self, address: Any, source: Any, num_bytes: int) -> None: ...
 
     @abc.abstractmethod
     def _reduce_shared(self, name: str, address: Any, value: Any, offset: int) -> None: ...

@@ -210,8 +210,11 @@ class MosaicLane(Lane):
     def _store_shared(self, address: ir.Value, words: list[ir.Value], offset: int) -> None:
         self._store("shared", address, words, offset)
 
-    def _start_copy(self, address: ir.Value, source: ir.Value) -> None:
-        utils.inline_ptx("cp.async.cg.shared.global [$0], [$1], 16;", address, source)
+    def _start_copy(self, address: ir.Value, source: ir.Value, num_bytes: int) -> None:
+        # Only whole vectors can bypass the L1 cache.
+        cache = "cg" if num_bytes == 16 else "ca"
+        instruction = f"cp.async.{cache}.shared.global [$0], [$1], {num_bytes};"
+        utils.inline_ptx(instruction, address, source)
 
     def _reduce_shared(self, name: str, address: ir.Value, value: ir.Value, offset: int) -> None:
         utils.inline_ptx(f"red.shared.{name}.s32 [$0+{offset}], $1;", address, value)

@@ -319,9 +319,12 @@ class NumpyLane(Lane):
     def _store_shared(self, address: np.ndarray, words: list[np.ndarray], offset: int) -> None:
         self._store(self._memories[-1], address + offset, words)
 
-    def _start_copy(self, address: np.ndarray, source: tuple[_Memory, np.ndarray]) -> None:
-        self._store_shared(address, self._load_global(source, 4, 0, False, False), 0)
-        words = self._words(self._memories[-1], address, 4)
+    def _start_copy(
+        self, address: np.ndarray, source: tuple[_Memory, np.ndarray], num_bytes: int
+    ) -> None:
+        num_words = num_bytes // 4
+        self._store_shared(address, self._load_global(source, num_words, 0, False, False), 0)
+        words = self._words(self._memories[-1], address, num_words)
         self._memories[-1].arriving[words] = True
         self._copies[-1].append(words)
 
