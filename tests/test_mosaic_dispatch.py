@@ -18,7 +18,7 @@ from test_mosaic_cumulation import numpy_run, quick_compilation  # noqa: F401
 from yoso_jax import kernels, yoso_attention
 from yoso_jax.attention import sampled_attention
 from yoso_jax.hashing import sample_projection
-from yoso_jax.kernels import dispatch
+from yoso_jax.kernels import dispatch, xla
 from yoso_jax.kernels.mosaic_gpu import cumulation, hashing, hopper, layout, operations
 
 RNG = jax.random.key(5)
@@ -128,7 +128,8 @@ def test_a_shape_falls_back_and_says_so_once(monkeypatch, caplog):
     [
         (dict(hash_code_len=13), r"mosaic_gpu needs hash_code_len in 1\.\.12, got 13"),
         (dict(num_hashes=129), r"mosaic_gpu needs num_hashes in 1\.\.128, got 129"),
-        (dict(num_hashes=None), "mosaic_gpu does not implement expectation"),
+        (dict(num_hashes=None, dtype=jnp.float32), "bfloat16 or float16 arrays for the expect"),
+        (dict(num_hashes=None, head_dim=257), r"dimension of query in 1\.\.256, got 257"),
         (
             dict(head_dim=257, value_dim=8),
             r"needs the last dimension of query in 1\.\.256, got 257",
@@ -189,18 +190,23 @@ def on_any_machine(monkeypatch):
     monkeypatch.setattr(hopper, "check", lambda: None)
 
 
-def test_lowers_for_cuda_under_transformations(on_any_machine):
+@pytest.mark.parametrize(
+    "options",
+    [dict(backward="sampled"), dict(backward="expectation"), dict(num_hashes=None)],
+    ids=["sampled", "sampled-E", "expectation"],
+)
+def test_lowers_for_cuda_under_transformations(on_any_machine, options):
     *args, _ = inputs((1, 64, 2, 16))
-    backward = "sampled"
-    grad = gradients(backward=backward)
-    forward = lower(attend, *args).count("@mosaic_gpu")
-    assert forward >= 3
+    attend_so = functools.partial(attend, **options)
+    grad = gradients(**options)
+    forward = lower(attend_so, *args).count("@mosaic_gpu")
+    assert forward >= (1 if "num_hashes" in options else 3)
     assert lower(grad, *args).count("@mosaic_gpu") > forward
     assert "@mosaic_gpu" in lower(jax.vmap(grad), *(jnp.stack([x, x]) for x in args))
 
     def layers(query, key, value):
         def layer(x, rng):
-            return x + attend(x, key, value, rng=rng, backward=backward), None
+            return x + attend_so(x, key, value, rng=rng), None
 
         out = jax.lax.scan(jax.checkpoint(layer), query, jax.random.split(RNG, 2))[0]
         return jnp.sum(out.astype(jnp.float32))
@@ -287,6 +293,11 @@ def in_numpy(monkeypatch, on_any_machine):
     monkeypatch.setattr(hashing, "hash_tokens", operations.hash_tokens_by_xla)
     cumulate = functools.partial(cumulation.cumulate, call=numpy_call)
     monkeypatch.setattr(cumulation, "cumulate", cumulate)
+
+    def xla_gradients(*args, deterministic, **options):
+        return xla.surrogate_gradients(None, *args, **options)
+
+    monkeypatch.setattr(operations, "gradients", xla_gradients)
 
 
 def value_and_gradients(implementation, args, cotangent, masks=(None, None), **options):

@@ -94,7 +94,6 @@ def yoso_attention(
     options = _Options(hash_code_len, backward, normalize, names)
     if num_hashes is None:
         out = _expectation(options, query, key, value, query_mask, key_mask)
-        out = l2_normalize(out) if normalize else out
     else:
         if rng is None:
             raise ValueError("rng is required unless num_hashes is None: pass a jax.random.key.")
@@ -181,21 +180,32 @@ class _Options:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _expectation(options: _Options, *args: Any) -> Array:
-    """`E v` of query, key, value and their masks; at least float32, or in the dtype of `value`."""
-    return dispatch.call(
-        "expectation", options.implementations, *args, hash_code_len=options.hash_code_len
-    )
+    """`E v` of query, key, value and their masks, its rows normalised if so chosen.
+
+    At least float32, or in the dtype of `value`.
+    """
+    return _expectation_fwd(options, *args)[0]
 
 
 def _expectation_fwd(options: _Options, *args: Any) -> tuple:
-    return _expectation(options, *args), args
+    out, norm = dispatch.call(
+        "expectation",
+        options.implementations,
+        *args,
+        hash_code_len=options.hash_code_len,
+        normalize=options.normalize,
+    )
+    return out, (out if options.normalize else None, norm, *args)
 
 
 def _expectation_bwd(options: _Options, residuals: tuple, grad_out: Array) -> tuple:
+    unit, norm, *args = residuals
+    if options.normalize:
+        grad_out = l2_normalize_gradient(unit, norm, grad_out)
     grads = dispatch.call(
         "expectation_backward",
         options.implementations,
-        *residuals,
+        *args,
         grad_out,
         hash_code_len=options.hash_code_len,
     )

@@ -80,9 +80,20 @@ class Attention(HeadsBenchmark):
     """Attention as a whole, beside cuDNN's."""
 
     implementations: tuple[
-        Literal["cudnn", "mosaic_gpu", "mosaic_gpu_op", "xla", "xla_op", "xla_expectation"], ...
+        Literal[
+            "cudnn",
+            "mosaic_gpu",
+            "mosaic_gpu_op",
+            "mosaic_gpu_mixed",
+            "mosaic_gpu_expectation",
+            "xla",
+            "xla_op",
+            "xla_mixed",
+            "xla_expectation",
+        ],
+        ...,
     ] = ("cudnn", "mosaic_gpu", "mosaic_gpu_op", "xla", "xla_expectation")
-    """What to time."""
+    """What to time; `mixed` is sampled with the gradients of the expectation."""
     backward: bool = False
     """Time forward and backward pass together."""
     mask_fraction: float = 0.0
@@ -98,7 +109,8 @@ class Attention(HeadsBenchmark):
         for n in self.n:
             cudnn: Row = {}
             for name in self.implementations:
-                hashes = (None,) if name in ("cudnn", "xla_expectation") else self.m
+                unhashed = name == "cudnn" or name.endswith("_expectation")
+                hashes = (None,) if unhashed else self.m
                 for m in hashes:
                     yield Case(
                         {"implementation": name, "n": n, "m": m, **self.sizes(n)},
@@ -124,14 +136,20 @@ class Attention(HeadsBenchmark):
                 key_value_seq_lengths=lengths,
                 implementation="cudnn",
             )
-        elif name == "xla_expectation":
+        elif name.endswith("_expectation"):
             limit = _MOST_PAIRS_GPU if jax.default_backend() == "gpu" else _MOST_PAIRS_CPU
 
             def attend(query: Array, key: Array, value: Array) -> Array:
                 if batch * heads * n**2 > limit:
                     raise NotImplementedError(f"more than {limit:,} pairs of tokens")
                 return yoso_attention(
-                    query, key, value, mask, num_hashes=None, implementation=implementation
+                    query,
+                    key,
+                    value,
+                    mask,
+                    num_hashes=None,
+                    hash_code_len=self.hash_code_len,
+                    implementation=implementation,
                 )
         elif name.endswith("_op"):
 
@@ -157,6 +175,7 @@ class Attention(HeadsBenchmark):
                     mask,
                     mask,
                     hash_code_len=self.hash_code_len,
+                    backward="expectation" if name.endswith("_mixed") else "sampled",
                     implementation=implementation,
                 )
 

@@ -88,17 +88,20 @@ def heads_first(
     x: Float[Array, "B T N H"], mask: Bool[Array, "B T"] | None
 ) -> Float[Array, "B N T H"]:
     """In at least float32, masked rows zero."""
-    return jnp.swapaxes(_mask_tokens(widen(x), mask), 1, 2)
+    return jnp.swapaxes(mask_tokens(widen(x), mask), 1, 2)
 
 
 def tokens_first(
     x: Float[Array, "B N T H"], mask: Bool[Array, "B T"] | None
 ) -> Float[Array, "B T N H"]:
     """The layout of attention again, masked rows zero."""
-    return _mask_tokens(jnp.swapaxes(x, 1, 2), mask)
+    return mask_tokens(jnp.swapaxes(x, 1, 2), mask)
 
 
-def _mask_tokens(x: Array, mask: Array | None) -> Array:
+def mask_tokens(
+    x: Float[Array, "B T N H"], mask: Bool[Array, "B T"] | None
+) -> Float[Array, "B T N H"]:
+    """Zeros for the tokens that are not True in `mask`, whatever stood there."""
     return x if mask is None else jnp.where(mask[..., None, None], x, 0)
 
 
@@ -136,9 +139,8 @@ def sampled(
     value = heads_first(value, key_mask)
     out = collisions.lsh_cumulation(codes.query, codes.key, value, hash_code_len=hash_code_len)
     out = tokens_first(out, query_mask)
-    if normalize:
-        return l2_normalize(out), jnp.linalg.norm(out, axis=-1), codes
-    return out, None, codes
+    out, norm = _normalize_rows(out) if normalize else (out, None)
+    return out, norm, codes
 
 
 def sampled_backward(
@@ -177,13 +179,18 @@ def expectation(
     key_mask: Bool[Array, "B S"] | None,
     *,
     hash_code_len: int,
-) -> Float[Array, "B T N D"]:
-    """`E v`, in float32."""
+    normalize: bool,
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"] | None]:
+    """`E v`, in float32, and its norms as from `sampled`."""
     query, key = _unit(query, query_mask), _unit(key, key_mask)
     value = heads_first(value, key_mask)
     probability = collisions.probability_fn(hash_code_len)
-    out = blocked.attend(probability, query, key, value)
-    return tokens_first(out, query_mask)
+    out = tokens_first(blocked.attend(probability, query, key, value), query_mask)
+    return _normalize_rows(out) if normalize else (out, None)
+
+
+def _normalize_rows(out: Array) -> tuple[Array, Array]:
+    return l2_normalize(out), jnp.linalg.norm(out, axis=-1)
 
 
 def expectation_backward(

@@ -289,8 +289,7 @@ def _pack_signs(lane: Lane, values: Sequence[F32]) -> I32:
 def _kernel(plan: Plan, dtype: np.dtype, num_heads: int) -> Callable[..., Array]:
     """The kernel of tokens `[B, T, N, H]` and an arranged projection."""
     # These load JAX's GPU dialects.
-    from jax._src.lib.mlir.dialects import llvm, vector
-    from jax.experimental.mosaic.gpu import utils
+    from jax._src.lib.mlir.dialects import vector
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -306,9 +305,8 @@ def _kernel(plan: Plan, dtype: np.dtype, num_heads: int) -> Callable[..., Array]
         plgpu.SwizzleTransform(plan.swizzle),
     )
 
-    def tile_pointer(lane: Lane, tiles: Any, number: I32) -> SharedPointer:
-        start = llvm.ptrtoint(lane.i32(0).raw.type, utils.memref_ptr(tiles))
-        return SharedPointer(lane, start).at(number, TILE * plan.row_bytes)
+    def tile_pointer(lane: MosaicLane, tiles: Any, number: I32) -> SharedPointer:
+        return lane.shared_pointer(tiles).at(number, TILE * plan.row_bytes)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), scalar))
     def clear(_: Any, tiles: Any, slot: Any) -> None:

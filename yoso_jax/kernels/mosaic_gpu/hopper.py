@@ -1,5 +1,6 @@
 """The GPUs that the kernels are for."""
 
+import os
 from typing import Any
 
 import jax
@@ -40,6 +41,13 @@ def check() -> None:
     """
     if default_device().platform == "gpu" and (reason := refusal()):
         raise NotImplementedError(reason)
+
+
+def wants_same_bits() -> bool:
+    """Whether XLA's flags ask for results that are the same in every run."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    names = ("--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops")
+    return any(flag in flags or f"{flag}=true" in flags for flag in names)
 
 
 def only(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:

@@ -306,6 +306,21 @@ class Lane(abc.ABC):
         """The square root."""
         return F32(self, self._op("sqrt_f32", x.raw))
 
+    def sqrt_abs(self, x: F32) -> F32:
+        """The square root of `|x|` in one instruction, to about a unit in the last place.
+
+        It is 0 where `|x|` is denormal.
+        """
+        return F32(self, self._op("sqrt_abs", x.raw))
+
+    def rsqrt(self, x: F32) -> F32:
+        """One over the square root, to about a unit in the last place."""
+        return F32(self, self._op("rsqrt", x.raw))
+
+    def fma(self, a: F32, b: F32, c: F32 | float) -> F32:
+        """`a * b + c`, rounded once."""
+        return F32(self, self._op("fma", a.raw, b.raw, self.f32(c).raw))
+
     def add_low_half(self, accumulator: I32, word: I32) -> I32:
         """`accumulator` plus the lower 16 bits of `word` without sign, in one instruction."""
         return I32(self, self._op("add_low_half", accumulator.raw, word.raw))

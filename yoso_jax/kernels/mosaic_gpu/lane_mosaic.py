@@ -10,7 +10,7 @@ from typing import Any, override
 import jax.numpy as jnp
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, gpu, llvm, scf
+from jax._src.lib.mlir.dialects import arith, gpu, llvm, math, scf
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
@@ -84,6 +84,9 @@ _OPS: dict[str, Callable[..., Any]] = {
     "mul_f32": arith.mulf,
     "divide_f32": _ptx("div.rn.f32 $0, $1, $2;", ir.F32Type.get),
     "sqrt_f32": _ptx("sqrt.rn.f32 $0, $1;", ir.F32Type.get),
+    "sqrt_abs": _ptx("{ .reg .f32 t; abs.f32 t, $1; sqrt.approx.ftz.f32 $0, t; }", ir.F32Type.get),
+    "rsqrt": _ptx("rsqrt.approx.ftz.f32 $0, $1;", ir.F32Type.get),
+    "fma": math.fma,
     "less_f32": _compare_f32(arith.CmpFPredicate.OLT),
     "greater_f32": _compare_f32(arith.CmpFPredicate.OGT),
     "pred_and": arith.andi,
@@ -119,6 +122,10 @@ class MosaicLane(Lane):
     def global_pointer(self, ref: ir.Value, *, writable: bool) -> GlobalPointer:
         """The address of the first element of an array in global memory."""
         return GlobalPointer(self, llvm.ptrtoint(_i64(), utils.memref_ptr(ref)), writable)
+
+    def shared_pointer(self, ref: ir.Value) -> SharedPointer:
+        """The address of the first element of an array in shared memory."""
+        return SharedPointer(self, llvm.ptrtoint(_i32(), utils.memref_ptr(ref)))
 
     def _constant_i32(self, value: int) -> ir.Value:
         return arith.constant(_i32(), ir.IntegerAttr.get(_i32(), value))
@@ -250,7 +257,7 @@ def call(program: Program, *inputs: Array) -> list[Array]:
                 lane,
                 pointers[: len(inputs)],
                 pointers[len(inputs) :],
-                SharedPointer(lane, llvm.ptrtoint(_i32(), utils.memref_ptr(shared))),
+                lane.shared_pointer(shared),
                 I32(lane, block.registers.item()),
             )
 

@@ -156,6 +156,10 @@ _OPS: dict[str, Callable[..., Any]] = {
     "mul_f32": np.multiply,
     "divide_f32": np.divide,
     "sqrt_f32": np.sqrt,
+    "sqrt_abs": lambda x: np.sqrt(np.abs(x)),
+    "rsqrt": lambda x: (1 / np.sqrt(x.astype(np.float64))).astype(np.float32),
+    # The product is exact in float64; its sum is rounded twice, which hardly ever matters.
+    "fma": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
     "less_f32": np.less,
     "greater_f32": np.greater,
     "pred_and": np.logical_and,

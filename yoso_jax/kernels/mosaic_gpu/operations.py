@@ -12,6 +12,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt16
 from yoso_jax.kernels import xla
 from yoso_jax.kernels.codes import hash_codes
 from yoso_jax.kernels.mosaic_gpu import cumulation, hashing, hopper, layout
+from yoso_jax.kernels.mosaic_gpu.expectation import attend
+from yoso_jax.kernels.mosaic_gpu.expectation_backward import gradients
+from yoso_jax.kernels.mosaic_gpu.expectation_tiles import MAX_DIM
+from yoso_jax.kernels.mosaic_gpu.varying import vary_like
 
 
 @functools.partial(
@@ -50,8 +54,8 @@ def sampled(
     hash_fn = hash_tokens_by_xla if query.dtype == jnp.float32 else hashing.hash_tokens
     hash_fn = functools.partial(hash_fn, projection=projection, hash_code_len=hash_code_len)
     codes = ArrangedCodes(
-        _vary_like(hash_fn(hopper.only(query), filler=0), query, projection),
-        _vary_like(hash_fn(hopper.only(key), filler=1), key, projection),
+        vary_like(hash_fn(hopper.only(query), filler=0), query, projection),
+        vary_like(hash_fn(hopper.only(key), filler=1), key, projection),
         num_hashes,
     )
     out = _cumulate(
@@ -80,7 +84,9 @@ def sampled_backward(
     hash_code_len: int,
     backward: str,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N D"]]:
-    """As `xla.sampled_backward`; a kernel for the gradient of value, the others by `xla`.
+    """As `xla.sampled_backward`, with a kernel for the gradient of value.
+
+    The others are by `xla` if they are those of the hashes, or in float32.
 
     Raises:
       NotImplementedError: the codes are those of another implementation.
@@ -97,6 +103,9 @@ def sampled_backward(
         hash_code_len=hash_code_len,
     )
     plain = None
+    if backward == "expectation" and value.dtype != jnp.float32:
+        args = query, key, value, query_mask, key_mask, grad_out.astype(value.dtype)
+        return *_gradients(*args, hash_code_len=hash_code_len, with_value=False)[:2], grad_value
     if backward == "sampled":
         batch, _, heads, _ = query.shape
         plain = xla.Codes(
@@ -119,6 +128,62 @@ def sampled_backward(
         with_value=False,
     )
     return grad_query, grad_key, grad_value
+
+
+def expectation(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N D"],
+    query_mask: Bool[Array, "B T"] | None,
+    key_mask: Bool[Array, "B S"] | None,
+    *,
+    hash_code_len: int,
+    normalize: bool,
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"] | None]:
+    """As `xla.expectation`, with the rows in the dtype of `value`.
+
+    Raises:
+      NotImplementedError: there is no kernel for the device, a shape or the dtype.
+    """
+    _check_expectation(query, value)
+    args = hopper.only(query), key, value, query_mask, key_mask
+    out = attend(*args, hash_code_len=hash_code_len, normalize=normalize)
+    return jax.tree.map(lambda x: vary_like(x, *args), out)
+
+
+def expectation_backward(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N D"],
+    query_mask: Bool[Array, "B T"] | None,
+    key_mask: Bool[Array, "B S"] | None,
+    grad_out: Float[Array, "B T N D"],
+    *,
+    hash_code_len: int,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N D"]]:
+    """As `xla.expectation_backward`.
+
+    Raises:
+      NotImplementedError: there is no kernel for the device, a shape or the dtype.
+    """
+    _check_expectation(query, value)
+    args = hopper.only(query), key, value, query_mask, key_mask, grad_out.astype(value.dtype)
+    return _gradients(*args, hash_code_len=hash_code_len)
+
+
+def _gradients(*args: Any, **options: Any) -> Any:
+    out = gradients(*args, deterministic=hopper.wants_same_bits(), **options)
+    return jax.tree.map(lambda x: vary_like(x, *args), out)
+
+
+def _check_expectation(query: Array, value: Array) -> None:
+    hopper.check()
+    if value.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(
+            f"mosaic_gpu needs bfloat16 or float16 arrays for the expectation, got {value.dtype}."
+        )
+    for name, x in (("query", query), ("value", value)):
+        _check_size(f"the last dimension of {name}", x.shape[-1], MAX_DIM)
 
 
 def lsh_cumulation(
@@ -174,19 +239,7 @@ def plain_codes(
 
 def _cumulate(*args: Any, **options: Any) -> Any:
     out = cumulation.cumulate(*args, **options)
-    return jax.tree.map(lambda x: _vary_like(x, *args), out)
-
-
-def _vary_like(x: Array, *like: Array | None) -> Array:
-    """`x` as varying, inside `shard_map`, over the mesh axes that any of the others varies over.
-
-    Results of kernels say that they are the same on all devices.
-    """
-    axes = set[str]().union(
-        *(jax.typeof(y).manual_axis_type.varying for y in like if y is not None)
-    )
-    missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
+    return jax.tree.map(lambda x: vary_like(x, *args), out)
 
 
 def _check(value: Array, num_hashes: int, hash_code_len: int) -> None:

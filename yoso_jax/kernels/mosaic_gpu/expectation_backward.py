@@ -1,0 +1,492 @@
+"""Gradients of `E v` on tensor cores, in memory linear in the tokens.
+
+A block of threads keeps 64 keys and values for each of its compute warpgroups and goes through all
+queries, which a warpgroup of its own loads with the gradients of their results (TMA). Matrix
+products are transposed: a row for each key. For a tile of queries each warpgroup evaluates the
+collision probabilities once more, and sums up the gradients of its keys and values. For the
+gradient of the queries each multiplies what all of them found with the keys, for a part of the
+tile, and has the hardware add it to an array in memory: in any order, so that sums differ in their
+last bits from run to run.
+
+Without that array the result is the same in every run. The gradient of the queries is then that of
+the keys with the roles exchanged.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from yoso_jax.kernels import xla
+from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
+from yoso_jax.kernels.mosaic_gpu.collision_polynomial import collision_polynomial
+from yoso_jax.kernels.mosaic_gpu.expectation_tiles import ROWS
+from yoso_jax.kernels.mosaic_gpu.lane import I32, WARPGROUP
+
+# Columns of the gradients that a warpgroup has registers for.
+_MAX_COLUMNS = 64
+# What Hopper lends a block, less barriers and the scratch space of the compiler.
+_SHARED_BYTES = 223 * 1024
+_MAX_STAGES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Shapes of the gradients and how their work is cut.
+
+    Attributes:
+      batch: batch rows, B.
+      heads: N.
+      num_queries: T, a multiple of 8 and at least a tile.
+      num_keys: S, a multiple of 8 and at least a tile.
+      head_dim: H, a multiple of 16.
+      value_dim: D, a multiple of 16.
+      hash_code_len: bits of a code.
+      part: which columns of the gradients: these times 64, up to 64 of them.
+      with_query: whether the gradient of the queries is wanted.
+      with_value: whether that of the values is wanted.
+    """
+
+    batch: int
+    heads: int
+    num_queries: int
+    num_keys: int
+    head_dim: int
+    value_dim: int
+    hash_code_len: int
+    part: int
+    with_query: bool
+    with_value: bool
+
+    @property
+    def parts(self) -> int:
+        """Kernels that it takes for all columns."""
+        widest = max(self.head_dim, self.value_dim if self.with_value else 0)
+        return -(-widest // _MAX_COLUMNS)
+
+    @property
+    def key_columns(self) -> slice:
+        """Columns of the gradients of queries and keys; perhaps none."""
+        return self._columns(self.head_dim)
+
+    @property
+    def value_columns(self) -> slice:
+        """Columns of the gradient of the values; perhaps none."""
+        return self._columns(self.value_dim if self.with_value else 0)
+
+    @property
+    def key_width(self) -> int:
+        """Number of columns of the gradients of queries and keys."""
+        return self.key_columns.stop - self.key_columns.start
+
+    @property
+    def value_width(self) -> int:
+        """Number of columns of the gradient of the values."""
+        return self.value_columns.stop - self.value_columns.start
+
+    def _columns(self, dim: int) -> slice:
+        start = min(self.part * _MAX_COLUMNS, dim)
+        return slice(start, min(start + _MAX_COLUMNS, dim))
+
+    @property
+    def warpgroups(self) -> int:
+        """Compute warpgroups of a block."""
+        return 2 if self.head_dim <= 64 and self.value_dim <= 64 else 1
+
+    @property
+    def block_keys(self) -> int:
+        """Keys of a block, and queries of a tile."""
+        return ROWS * self.warpgroups
+
+    @property
+    def piece(self) -> int:
+        """Queries of a tile whose products are in registers at a time."""
+        return ROWS if self.with_value else self.block_keys
+
+    @property
+    def key_blocks(self) -> int:
+        """Blocks of a head."""
+        return -(-self.num_keys // self.block_keys)
+
+    @property
+    def stages(self) -> int:
+        """Tiles of queries in shared memory."""
+        rows = self.block_keys
+        token_bytes = 2 * (self.head_dim + self.value_dim)
+        # Keys and values, and their gradients on the way out.
+        used = rows * (token_bytes + 2 * (self.key_width + self.value_width))
+        if self.with_query:
+            # Unit keys, weights, and the gradient of the queries on the way out.
+            used += rows * (2 * self.key_width + 2 * rows + 4 * self.key_width)
+        return min(_MAX_STAGES, (_SHARED_BYTES - used) // (rows * (token_bytes + 4)))
+
+
+def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
+    """Of query, key, value, grad_out, what `_gradients` derives from them, and perhaps a Ref."""
+    # These load JAX's GPU dialects.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from yoso_jax.kernels.mosaic_gpu.lane_mosaic import MosaicLane
+    from yoso_jax.kernels.mosaic_gpu.registers import read_registers, write_registers
+
+    stages, warpgroups = plan.stages, plan.warpgroups
+    tile = plan.block_keys
+    key_width, value_width = plan.key_width, plan.value_width
+    key_columns = pl.ds(plan.key_columns.start, key_width)
+    value_columns = pl.ds(plan.value_columns.start, value_width)
+    with_query = plan.with_query and key_width > 0
+    layout = plgpu.Layout.WGMMA
+    row = layout.reduce(1)
+    constant = tiles.polynomial_constant(plan.hash_code_len)
+    num_row_values = len(collision_polynomial(plan.hash_code_len).coefficients)
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout, layout, plgpu.RefType(), *[row] * num_row_values),
+        return_type=(plgpu.ShapeDtypeStruct((ROWS, plan.piece), dtype, layout=layout),) * 2,
+    )
+    def weigh(_: Any, scores: Any, products: Any, scales: Any, *row_arrays: Any) -> tuple[Any, Any]:
+        lane = MosaicLane((warpgroups + 1) * WARPGROUP)
+        pieces = tiles.probabilities(
+            lane,
+            read_registers(lane, scores),
+            [read_registers(lane, each) for each in row_arrays],
+            lane.shared_pointer(scales),
+            constant,
+        )
+        others = iter(read_registers(lane, products))
+        words: tuple[list[I32], list[I32]] = ([], [])
+        for weights, scale in pieces:
+            # Each piece to the end: registers are scarce.
+            grads = [
+                weight * (next(others) * each) for weight, each in zip(weights, scale, strict=True)
+            ]
+            words[0].extend(lane.pack(weights, dtype))
+            words[1].extend(lane.pack(grads, dtype))
+        return write_registers(words[0], scores, dtype), write_registers(words[1], scores, dtype)
+
+    def body(
+        query: Any,
+        key: Any,
+        value: Any,
+        grad_out: Any,
+        lengths: Any,
+        scales: Any,
+        ends: Any,
+        *arrays_and_scratch: Any,
+    ) -> None:
+        refs = list(arrays_and_scratch)
+        grad_query: Any = refs.pop(0) if with_query else None
+        grad_key: Any = refs.pop(0) if key_width else None
+        grad_value: Any = refs.pop(0) if value_width else None
+        key_tiles, value_tiles, query_tiles, grad_tiles, scale_tiles, *refs = refs
+        key_out: Any = refs.pop(0) if key_width and plan.parts == 1 else None
+        value_out: Any = refs.pop(0) if value_width else None
+        if with_query:
+            unit_tile, weight_tile, query_out, written, read, *refs = refs
+        keys_loaded, loaded, used = refs
+
+        warpgroup = lax.axis_index("warpgroup")
+        block = lax.axis_index("block")
+        head, block = lax.div(block, plan.key_blocks), lax.rem(block, plan.key_blocks)
+        batch, n = lax.div(head, plan.heads), lax.rem(head, plan.heads)
+        first_key = block * plan.block_keys
+        steps = lax.div(ends[2 * batch] + tile - 1, tile)
+        steps = jnp.where(first_key < ends[2 * batch + 1], steps, 0)
+
+        @pl.when(warpgroup == warpgroups)
+        def _() -> None:
+            plgpu.set_max_registers(24, action="decrease")
+
+            @pl.loop(0, steps)
+            def _(step: Any) -> None:
+                i, rows = lax.rem(step, stages), pl.ds(step * tile, tile)
+
+                @pl.when(step >= stages)
+                def _() -> None:
+                    plgpu.barrier_wait(used.at[i])
+
+                plgpu.copy_gmem_to_smem(query.at[batch, rows, n], query_tiles.at[i], loaded.at[i])
+                plgpu.copy_gmem_to_smem(grad_out.at[batch, rows, n], grad_tiles.at[i], loaded.at[i])
+                plgpu.copy_gmem_to_smem(scales.at[head, rows], scale_tiles.at[i], loaded.at[i])
+
+        @pl.when(warpgroup < warpgroups)
+        def _() -> None:
+            plgpu.set_max_registers(240, action="increase")
+            rows = pl.ds(first_key + warpgroup * ROWS, ROWS)
+            mine = key_tiles.at[warpgroup], value_tiles.at[warpgroup]
+            for array, here in zip((key, value), mine, strict=True):
+                plgpu.copy_gmem_to_smem(array.at[batch, rows, n], here, keys_loaded.at[warpgroup])
+            length = plgpu.load(lengths.at[head, rows], layout=row, optimized=False)
+            attends = length > 0
+            length = jnp.where(attends, length, 1)
+            row_values = tiles.row_values(length, plan.hash_code_len)
+            plgpu.barrier_wait(keys_loaded.at[warpgroup])
+
+            def by_row(x: Any, width: int) -> Any:
+                return lax.broadcast_in_dim(x, (ROWS, width), [0])
+
+            def unit_keys() -> Any:
+                keys = plgpu.load(mine[0].at[:, key_columns], layout=layout)
+                return keys.astype(jnp.float32) * by_row(1 / length, key_width)
+
+            if with_query:
+                # For the other warpgroups they are ready when weights are.
+                unit_tile[pl.ds(warpgroup * ROWS, ROWS), :] = unit_keys().astype(dtype)
+
+            def add_query_gradient(step: Any) -> None:
+                part = pl.ds(warpgroup * ROWS, ROWS)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(written)
+                plgpu.barrier_wait(written)
+
+                def multiply(products: Any) -> Any:
+                    plgpu.wgmma(products, weight_tile.at[:, part].T, unit_tile)
+                    return products[...]
+
+                sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, key_width), jnp.float32))
+                plgpu.barrier_arrive(read)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                query_out[warpgroup] = sums
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(
+                    query_out.at[warpgroup],
+                    grad_query.at[head, pl.ds(step * tile + warpgroup * ROWS, ROWS)],
+                    reduction_op="add",
+                )
+
+            def add_key_gradients(i: Any, rows: Any, sums: Any) -> None:
+                def multiply(scores: Any, products: Any) -> Any:
+                    plgpu.wgmma(scores, mine[0], query_tiles.at[i, rows].T)
+                    plgpu.wgmma(products, mine[1], grad_tiles.at[i, rows].T)
+                    return scores[...], products[...]
+
+                accumulator = plgpu.ACC((ROWS, plan.piece), jnp.float32)
+                scores, products = pl.run_scoped(multiply, accumulator, accumulator)
+                taken, grads = weigh(scores, products, scale_tiles.at[i, rows], *row_values)
+                if value_width:
+                    plgpu.wgmma(sums[-1], taken, grad_tiles.at[i, rows, value_columns])
+                if key_width:
+                    plgpu.wgmma(sums[0], grads, query_tiles.at[i, rows, key_columns])
+                if with_query:
+                    weight_tile[pl.ds(warpgroup * ROWS, ROWS), rows] = grads
+
+            def go(*sums: Any) -> Any:
+                @pl.loop(0, steps)
+                def _(step: Any) -> None:
+                    i = lax.rem(step, stages)
+                    plgpu.barrier_wait(loaded.at[i])
+                    if with_query:
+
+                        @pl.when(step > 0)
+                        def _() -> None:
+                            plgpu.barrier_wait(read)
+
+                    for first in range(0, tile, plan.piece):
+                        add_key_gradients(i, pl.ds(first, plan.piece), sums)
+                    if with_query:
+                        add_query_gradient(step)
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(used.at[i])
+
+                return [each[...] for each in sums]
+
+            widths = [width for width in (key_width, value_width) if width]
+            sums = pl.run_scoped(go, *[plgpu.ACC((ROWS, width), jnp.float32) for width in widths])
+            if key_width:
+                # Weights have the sign of the scales.
+                total = sums[0] * np.float32(-plan.hash_code_len / 2)
+                total = total * by_row(1 / length, key_width)
+                if plan.parts == 1:
+                    # Only what is orthogonal to a key changes its direction.
+                    unit = unit_keys()
+                    along = jnp.sum(total * unit, axis=1)
+                    total = total - by_row(along, key_width) * unit
+                total = jnp.where(by_row(attends, key_width), total, 0)
+                if plan.parts == 1:
+                    key_out[warpgroup] = total.astype(dtype)
+                else:
+                    grad_key[head, rows, :] = total
+            if value_width:
+                total = jnp.where(by_row(attends, value_width), sums[-1], 0)
+                value_out[warpgroup] = total.astype(dtype)
+            plgpu.commit_smem()
+            for staged, array in ((key_out, grad_key), (value_out, grad_value)):
+                if staged is not None:
+                    plgpu.copy_smem_to_gmem(staged.at[warpgroup], array.at[batch, rows, n])
+            plgpu.wait_smem_to_gmem(0)
+
+    swizzled = functools.partial(tiles.shared, dtype)
+    heads, keys = plan.batch * plan.heads, plan.key_blocks * plan.block_keys
+    arrays = []
+    if key_width and plan.parts == 1:
+        shape = (plan.batch, plan.num_keys, plan.heads, key_width)
+        arrays.append(jax.ShapeDtypeStruct(shape, dtype))
+    elif key_width:
+        arrays.append(jax.ShapeDtypeStruct((heads, keys, key_width), jnp.float32))
+    if value_width:
+        shape = (plan.batch, plan.num_keys, plan.heads, value_width)
+        arrays.append(jax.ShapeDtypeStruct(shape, dtype))
+    scratch = [
+        swizzled(warpgroups, ROWS, plan.head_dim),
+        swizzled(warpgroups, ROWS, plan.value_dim),
+        swizzled(stages, tile, plan.head_dim),
+        swizzled(stages, tile, plan.value_dim),
+        plgpu.SMEM((stages, tile), jnp.float32),
+    ]
+    if key_width and plan.parts == 1:
+        scratch.append(swizzled(warpgroups, ROWS, key_width))
+    if value_width:
+        scratch.append(swizzled(warpgroups, ROWS, value_width))
+    if with_query:
+        scratch += [
+            swizzled(tile, key_width),
+            # Of the same arrangement, as operands of one product.
+            swizzled(tile, tile, size=tiles.swizzle(2 * key_width)),
+            tiles.shared(np.dtype(np.float32), warpgroups, ROWS, key_width),
+            plgpu.Barrier(num_arrivals=warpgroups),
+            plgpu.Barrier(num_arrivals=warpgroups),
+        ]
+    return plgpu.kernel(
+        body,
+        out_type=arrays,
+        scratch_types=[
+            *scratch,
+            plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
+            plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        ],
+        grid=(heads * plan.key_blocks,),
+        grid_names=("block",),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+    )
+
+
+def gradients(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N D"],
+    query_mask: Bool[Array, "B T"] | None,
+    key_mask: Bool[Array, "B S"] | None,
+    grad_out: Float[Array, "B T N D"],
+    *,
+    hash_code_len: int,
+    with_value: bool = True,
+    deterministic: bool = False,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N D"] | None]:
+    """Gradients of `expectation.attend` without normalisation, in the dtype of `value`.
+
+    Those of query and key are the surrogate of `reference.surrogate_gradients`.
+
+    Args:
+      query: bfloat16 or float16; H is 1 to 256. What is copied: see `expectation.attend`.
+      key: same dtype.
+      value: same dtype; D is 1 to 256.
+      query_mask: True for the queries that attend, or None.
+      key_mask: True for the keys to attend to, or None.
+      grad_out: gradient of the result, same dtype.
+      hash_code_len: bits of a hash, 1 to 16.
+      with_value: whether the gradient of value is wanted; it is None otherwise.
+      deterministic: the same bits in every run, for two more matrix products of five.
+    """
+    query, grad_out = xla.mask_tokens(query, query_mask), xla.mask_tokens(grad_out, query_mask)
+    key, value = xla.mask_tokens(key, key_mask), xla.mask_tokens(value, key_mask)
+    from_queries = _Side(query, grad_out, query_mask)
+    from_keys = _Side(key, value, key_mask)
+    call = functools.partial(_gradients, hash_code_len=hash_code_len)
+    if deterministic:
+        grad_query, _, _ = call(from_keys, from_queries, with_query=False, with_value=False)
+        grad_key, grad_value, _ = call(
+            from_queries, from_keys, with_query=False, with_value=with_value
+        )
+        return grad_query, grad_key, grad_value
+    grad_key, grad_value, sums = call(
+        from_queries, from_keys, with_query=True, with_value=with_value
+    )
+    unit = query.astype(jnp.float32) / from_queries.by_token[..., None]
+    grad_query = sums - jnp.sum(sums * unit, axis=-1, keepdims=True) * unit
+    return grad_query.astype(query.dtype), grad_key, grad_value
+
+
+class _Side:
+    """Queries with gradients of their results, or keys with values."""
+
+    def __init__(self, tokens: Array, rows: Array, mask: Array | None) -> None:
+        self.tokens, self.rows, self.mask = tokens, rows, mask
+        self.lengths = tiles.token_lengths(tokens)
+
+    @property
+    def by_token(self) -> Array:
+        """Lengths, `[B, T, N]`."""
+        return self.tokens_first(self.lengths)
+
+    def tokens_first(self, x: Array) -> Array:
+        """`[B * N, T, ...] to [B, T, N, ...]`, without padding."""
+        batch, tokens, heads, _ = self.tokens.shape
+        return jnp.swapaxes(x[:, :tokens].reshape(batch, heads, tokens, *x.shape[2:]), 1, 2)
+
+
+def _gradients(
+    queries: _Side, keys: _Side, *, hash_code_len: int, with_query: bool, with_value: bool
+) -> tuple[Array, Any, Any]:
+    """Gradients of the keys, of their values, and of the queries but for their directions."""
+    batch, num_keys, heads, head_dim = keys.tokens.shape
+    value_dim = keys.rows.shape[-1]
+    query, grad_out = tiles.pad(queries.tokens), tiles.pad(queries.rows)
+    key, value = tiles.pad(keys.tokens), tiles.pad(keys.rows)
+    plan = Plan(
+        batch=batch,
+        heads=heads,
+        num_queries=query.shape[1],
+        num_keys=key.shape[1],
+        head_dim=key.shape[-1],
+        value_dim=value.shape[-1],
+        hash_code_len=hash_code_len,
+        part=0,
+        with_query=with_query,
+        with_value=with_value,
+    )
+    padded_keys = plan.key_blocks * plan.block_keys
+    padded_queries = -(-query.shape[1] // plan.block_keys) * plan.block_keys
+    derived = [
+        tiles.pad_to(tiles.masked_lengths(keys.lengths, keys.mask, heads), padded_keys),
+        tiles.pad_to(-1 / queries.lengths, padded_queries),
+        tiles.ends_of(queries.mask, queries.tokens, keys.mask, keys.tokens),
+    ]
+    grad_keys, grad_values, sums = [], [], []
+    for part in range(plan.parts):
+        plan = dataclasses.replace(plan, part=part)
+        arguments: list[Any] = [query, key, value, grad_out, *derived]
+        total: Any = None
+        if with_query and plan.key_width:
+            shape = (batch * heads, padded_queries, plan.key_width)
+            total = jax.new_ref(jnp.zeros(shape, jnp.float32))
+            arguments.append(total)
+        outputs = _kernel(plan, np.dtype(value.dtype))(*arguments)
+        if plan.key_width:
+            grad_keys.append(outputs.pop(0))
+            if total is not None:
+                sums.append(total[...])
+        if plan.value_width:
+            grad_values.append(outputs.pop(0))
+    grad_key = jnp.concatenate(grad_keys, axis=-1)
+    if plan.parts > 1:
+        total = keys.tokens_first(grad_key)
+        unit = key[:, :num_keys].astype(jnp.float32) / keys.by_token[..., None]
+        grad_key = (total - jnp.sum(total * unit, axis=-1, keepdims=True) * unit).astype(key.dtype)
+    grad_key = grad_key[:, :num_keys, :, :head_dim]
+    grad_value = grad_query = None
+    if with_value:
+        grad_value = jnp.concatenate(grad_values, axis=-1)[:, :num_keys, :, :value_dim]
+    if with_query:
+        total = queries.tokens_first(jnp.concatenate(sums, axis=-1)[..., :head_dim])
+        # These sums are divided by the lengths of queries already.
+        grad_query = total * (-hash_code_len / 2)
+    return grad_key, grad_value, grad_query
