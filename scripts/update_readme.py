@@ -65,19 +65,27 @@ def describe(name: str, report: dict[str, Any]) -> str:
     rows = [row for row in report["rows"] if "reason" not in row]
     if not rows:
         raise DataError(f"the report {name} has no row that was measured")
-    if report["benchmark"] == "attention":
+    work = "Forward and backward pass" if arguments.get("backward") else "Forward pass"
+    tokens = f"{arguments['tokens']:,} tokens of all heads and sequences together"
+    if any(row["implementation"] == "mosaic_gpu_expectation" for row in rows):
+        table = _table(*list_implementations(rows))
+        note = (
+            "Milliseconds on the device and on the wall, and how many times cuDNN's speed that is. "
+            "`expectation`: `yoso_attention` with `num_hashes=None`; `mixed`: sampled forward, and "
+            "gradients of query and key from the expectation. Memory is beside inputs and outputs. "
+            f"{work}, {tokens}"
+        )
+    elif report["benchmark"] == "attention":
         ours = "mosaic_gpu"
         if all(row["implementation"] != ours for row in rows):
             ours = "xla"
         table = _table(*compare_with_cudnn(rows, ours))
-        work = "Forward and backward pass" if arguments["backward"] else "Forward pass"
         note = (
             "Milliseconds on the device, and how many times cuDNN's speed that is. Hash and "
             f"cumulation: the kernels of `{ours}` without those that cut values into slices and "
             "merge the results; attention: all kernels, for given random projections, and the "
             "time on the wall; `yoso_attention`: with drawing the projections and normalising. "
-            f"Memory is beside inputs and outputs of attention. {work}, {arguments['tokens']:,} "
-            "tokens of all heads and sequences together"
+            f"Memory is beside inputs and outputs of attention. {work}, {tokens}"
         )
         if arguments["mask_fraction"]:
             note += f", {arguments['mask_fraction']:.0%} of them padding"
@@ -97,6 +105,21 @@ def describe(name: str, report: dict[str, Any]) -> str:
         f"{versions['jaxlib']}, {report['date'][:10]}, by `scripts/benchmark.py "
         f"{report['benchmark']}` (`benchmarks/results/{name}.json`).\n"
     )
+
+
+def list_implementations(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of a table with a line for each n and implementation."""
+    headings = ["n", "implementation", "device", "wall", "MiB"]
+    lines = []
+    for row in sorted(rows, key=lambda row: row["n"]):
+        name = row["implementation"] + (f", m={row['m']}" if row["m"] else "")
+        cells = [f"{row['n']:,}", name]
+        for clock in ("device", "wall"):
+            ms, speed = row.get(f"{clock}_ms"), row.get(f"speed_{clock}")
+            cudnn = None if ms is None or speed is None else ms * speed
+            cells.append(_time(ms, cudnn))
+        lines.append([*cells, f"{row['temp_bytes'] / 2**20:,.1f}"])
+    return headings, lines
 
 
 def compare_with_cudnn(rows: list[Row], ours: str) -> tuple[list[str], list[list[str]]]:
