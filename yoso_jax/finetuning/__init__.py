@@ -1,0 +1,1 @@
+"""Fine-tuning: sequence and token classification, question answering, multiple choice."""
