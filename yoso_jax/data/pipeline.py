@@ -12,7 +12,7 @@ Batch = dict[str, np.ndarray]
 
 # Examples are small and already in memory or mapped: two threads hide the padding, and a short
 # queue keeps batches ready without holding hundreds of them.
-_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
 def make_iterator(
@@ -65,18 +65,33 @@ def make_iterator(
             )
     dataset = grain.MapDataset.source(source)
     if shuffle:
-        # Grain shuffles epoch e with seed + e; hashing the seed keeps seeds 0, 1, 2 from sharing
-        # each other's orders.
-        dataset = dataset.shuffle(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        dataset = dataset.shuffle(shuffle_seed(seed))
+    return iterate(
+        dataset.repeat(num_epochs)
+        .map(functools.partial(_pad, max_length=max_length))
+        .batch(batch_size, drop_remainder=drop_remainder),
+        num_workers,
+    )
+
+
+def shuffle_seed(seed: int) -> int:
+    """What to give Grain to shuffle with, for a seed >= 0.
+
+    Grain shuffles epoch e with seed + e; a hash keeps seeds 0, 1, 2 from sharing each other's
+    orders.
+    """
+    return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
+def iterate(dataset: grain.MapDataset[Batch], num_workers: int) -> grain.DatasetIterator[Batch]:
+    """A resumable iterator of batches, prepared by processes, or by threads if there are none."""
     if num_workers and not flags.FLAGS.is_parsed():
         # Grain's workers read absl flags, which only an absl.app program parses.
         flags.FLAGS.mark_as_parsed()
     return iter(
-        dataset.repeat(num_epochs)
-        .map(functools.partial(_pad, max_length=max_length))
-        .batch(batch_size, drop_remainder=drop_remainder)
-        .to_iter_dataset(_READ_OPTIONS)
-        .mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+        dataset.to_iter_dataset(READ_OPTIONS).mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=num_workers)
+        )
     )
 
 
@@ -104,7 +119,7 @@ def eval_batches(source: Source, *, batch_size: int, max_length: int) -> grain.I
         grain.MapDataset.source(source)
         .map(functools.partial(_pad, max_length=max_length, weight=True))
         .batch(batch_size, batch_fn=batch)
-        .to_iter_dataset(_READ_OPTIONS)
+        .to_iter_dataset(READ_OPTIONS)
     )
 
 

@@ -1,8 +1,12 @@
-"""Reads the tokenizer of a model, with the library `tokenizers` of the extra `text`."""
+"""Reads or trains a tokenizer, with the library `tokenizers` of the extra `text`."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
+from yoso_jax.data.vocabulary import Vocabulary
 from yoso_jax.errors import DataError
 
 try:
@@ -14,12 +18,15 @@ try:
         normalizers,
         pre_tokenizers,
         processors,
+        trainers,
     )
 except ImportError as error:
     raise ImportError(
         "reading text needs the package tokenizers: pip install 'yoso-jax[text]'"
     ) from error
 
+# Where YosoConfig, like RoBERTa, has them by default: <s> is 0, <pad> 1 and </s> 2.
+_FIRST_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
 _KINDS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 
 
@@ -70,19 +77,75 @@ def find_mask_token(tokenizer: Tokenizer) -> tuple[str, int]:
     raise DataError("the tokenizer's vocabulary has neither <mask> nor [MASK]")
 
 
+def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains RoBERTa's kind of tokenizer; the same texts always give the same one.
+
+    Args:
+        texts: to learn from. Pairs of tokens seen only once are never merged.
+        vocab_size: ids in all, at least 261: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, the 256
+            bytes, merged tokens, and last `<mask>`. There are fewer if the texts run out of pairs.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        special_tokens=list(_FIRST_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _as_byte_level(tokenizer)
+
+
+def read_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    """What the ids of a tokenizer stand for.
+
+    Raises:
+        DataError: it lacks a token that marks the begin or end of a text, pads or masks.
+    """
+    tokens = tokenizer.get_vocab()
+    special = {
+        "bos": ("<s>", "[CLS]"),
+        "eos": ("</s>", "[SEP]"),
+        "pad": ("<pad>", "[PAD]"),
+        "mask": ("<mask>", "[MASK]"),
+    }
+    ids: dict[str, int] = {}
+    for name, accepted in special.items():
+        found = [tokens[token] for token in accepted if token in tokens]
+        if not found:
+            raise DataError(f"the tokenizer's vocabulary has neither {' nor '.join(accepted)}")
+        ids[name] = found[0]
+    added = tokenizer.get_added_tokens_decoder()
+    excluded = {*ids.values(), *(index for index, token in added.items() if token.special)}
+    size = max(tokens.values()) + 1
+    ends = np.zeros(size, np.bool_)
+    for token, index in tokens.items():
+        ends[index] = index not in excluded and token.rstrip("\"')]").endswith((".", "!", "?"))
+    ordinary = np.array(sorted(set(tokens.values()) - excluded), np.int32)
+    return Vocabulary(**ids, size=size, ordinary=ordinary, sentence_ends=ends)
+
+
 def _read_byte_level_bpe(folder: Path) -> Tokenizer:
     files = str(folder / "vocab.json"), str(folder / "merges.txt")
     tokenizer = Tokenizer(models.BPE.from_file(*files))
-    ids = _require(tokenizer, "<s>", "</s>", "<mask>")
+    _require(tokenizer, "<s>", "</s>", "<mask>")
+    return _as_byte_level(tokenizer)
+
+
+def _as_byte_level(tokenizer: Tokenizer) -> Tokenizer:
+    """Sets up what RoBERTa's tokenizers have besides their vocabulary."""
+    # The word that a mask stands for begins with the space before the mask.
+    mask = AddedToken("<mask>", lstrip=True, special=True)
+    present = [token for token in _FIRST_TOKENS if tokenizer.token_to_id(token) is not None]
+    tokenizer.add_special_tokens([mask, *present])
+    ids = tokenizer.get_vocab()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.RobertaProcessing(
         ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), add_prefix_space=False
     )
-    # The word that a mask stands for begins with the space before the mask.
-    mask = AddedToken("<mask>", lstrip=True, special=True)
-    optional = [token for token in ("<pad>", "<unk>") if token in ids]
-    tokenizer.add_special_tokens(["<s>", "</s>", mask, *optional])
     return tokenizer
 
 
