@@ -13,7 +13,7 @@ from yoso_jax.data.mlm import eval_batches
 from yoso_jax.data.mlm_examples import ExampleMaker
 from yoso_jax.modeling.layers import Policy
 from yoso_jax.modeling.pretraining import PretrainingModel
-from yoso_jax.pretraining import pretraining_sums
+from yoso_jax.pretraining.losses import pretraining_sums
 
 CONFIG = YosoConfig(
     vocab_size=VOCABULARY.size,
