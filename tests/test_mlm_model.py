@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from mlm_helpers import VOCABULARY, make_stream, random_documents
+from run_helpers import fast_compilations
 
 from yoso_jax import YosoConfig, YosoForMaskedLM
 from yoso_jax.data.masking import Masking
@@ -26,28 +27,37 @@ CONFIG = YosoConfig(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compilations(tmp_path_factory):
+    with fast_compilations(tmp_path_factory.mktemp("compilations")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def masked_lm(compilations):
+    return YosoForMaskedLM(CONFIG, rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize("with_order", [False, True], ids=["masks", "order"])
-def test_loss_is_that_of_the_masked_language_model(tmp_path, with_order):
+def test_loss_is_that_of_the_masked_language_model(tmp_path, masked_lm, with_order):
     stream = make_stream(tmp_path, random_documents(6))
     maker = ExampleMaker(VOCABULARY, Masking(), 32, seed=0, with_order=with_order)
     *_, batch = eval_batches(stream, maker, batch_size=4)
     batch = jax.tree.map(jnp.asarray, batch)
-    masked_lm = YosoForMaskedLM(CONFIG, rngs=nnx.Rngs(0))
     policy = Policy(jnp.float32, jnp.float32)
     model = PretrainingModel(masked_lm, policy, with_order=with_order, rngs=nnx.Rngs(1))
     assert 0 < batch["weight"].sum() < 4  # some rows only fill up
 
     types = batch.get("token_type_ids")
-    logits, order_logits = model(
-        batch["input_ids"], batch["attention_mask"], batch["positions"], types
-    )
+    inputs = batch["input_ids"], batch["attention_mask"]
+    logits, order_logits = jax.jit(model)(*inputs, batch["positions"], types)
     sums = pretraining_sums(logits, order_logits, batch)
 
     labels = np.full((4, 32), -100, np.int32)
     for row in np.flatnonzero(batch["weight"]):
         count = int((batch["labels"][row] >= 0).sum())
         labels[row, batch["positions"][row, :count]] = batch["labels"][row, :count]
-    expected = masked_lm(batch["input_ids"], batch["attention_mask"], types, labels=labels)
+    expected = jax.jit(masked_lm)(*inputs, types, labels=labels)
     assert sums["count"] == (labels >= 0).sum() > 0
     np.testing.assert_allclose(sums["loss"] / sums["count"], expected.loss, rtol=1e-5)
     hits = (expected.logits.argmax(-1) == labels).sum()
@@ -62,8 +72,7 @@ def test_loss_is_that_of_the_masked_language_model(tmp_path, with_order):
         np.testing.assert_allclose(sums["order_loss"], losses.sum(), rtol=1e-5)
 
 
-def test_the_kept_model_is_not_changed_by_the_order():
-    masked_lm = YosoForMaskedLM(CONFIG, rngs=nnx.Rngs(0))
+def test_the_kept_model_is_not_changed_by_the_order(masked_lm):
     before = jax.tree.map(np.asarray, nnx.state(masked_lm, nnx.Param))
     policy = Policy(jnp.float32, jnp.float32)
     model = PretrainingModel(masked_lm, policy, with_order=True, rngs=nnx.Rngs(1))
@@ -73,6 +82,6 @@ def test_the_kept_model_is_not_changed_by_the_order():
 
 
 def test_nothing_to_predict():
-    batch = {"labels": np.full((2, 3), -100, np.int32), "order_labels": np.full(2, -100, np.int32)}
+    batch = {"labels": jnp.full((2, 3), -100), "order_labels": jnp.full(2, -100)}
     sums = pretraining_sums(jnp.zeros((2, 3, 5)), jnp.zeros((2, 2)), batch)
     assert all(value == 0 for value in sums.values())

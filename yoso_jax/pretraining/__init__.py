@@ -1,0 +1,1 @@
+"""Pretraining: masked language models of the user's own text."""
