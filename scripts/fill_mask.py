@@ -93,7 +93,9 @@ def main() -> None:
     )
 
     attention = "attention in expectation"
-    if not config.use_expectation:
+    if config.attention == "softmax":
+        attention = "softmax attention"
+    elif config.is_sampled:
         attention = f"attention sampled with {config.num_hash} hashes, seed {arguments.seed}"
     console = Console(width=None if sys.stdout.isatty() else 2 * _CONTEXT + 80)
     for i, position in enumerate(positions):
@@ -124,7 +126,7 @@ def load_model(arguments: Arguments) -> YosoForMaskedLM:
         raise CheckpointError(str(error)) from error
     for note in notes:
         print(f"note: {note.message}", file=sys.stderr)
-    if arguments.num_hashes is not None and model.config.use_expectation:
+    if arguments.num_hashes is not None and not model.config.is_sampled:
         raise ConfigError("--num-hashes changes nothing in expectation: add --mode sampled")
     return model
 
