@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool
-from tokenizers import Tokenizer
 
 from yoso_jax.data.cache import SPLITS, Recipe, load_or_make, progress_bar
 from yoso_jax.data.mlm import MLMConfig, MLMData
 from yoso_jax.data.packing import Tokens, TokenStream
 from yoso_jax.data.splits import split_by_fraction
-from yoso_jax.data.tokenizer import load_tokenizer, read_vocabulary, train_byte_level_bpe
+from yoso_jax.data.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+    read_vocabulary,
+    train_byte_level_bpe,
+)
 from yoso_jax.data.vocabulary import Vocabulary
 from yoso_jax.errors import DataError
 
