@@ -30,6 +30,7 @@ from yoso_jax.kernels.mosaic_gpu.lane import (
     Lane,
     SharedPointer,
 )
+from yoso_jax.kernels.mosaic_gpu.swizzling import swizzle_bytes, tile_offset
 
 MAX_HASHES = 128
 MAX_HEAD_DIM = 256
@@ -103,8 +104,8 @@ class Plan:
 
     @property
     def swizzle(self) -> int:
-        """Bytes of the rows of the tiles of shared memory: the most that divide a token."""
-        return next(size for size in (128, 64, 32) if self.row_bytes % size == 0)
+        """Bytes of the swizzled rows of the tiles of shared memory."""
+        return swizzle_bytes(self.row_bytes)
 
     @property
     def num_warpgroups(self) -> int:
@@ -185,9 +186,6 @@ def copy_tile(
 ) -> None:
     """Starts to copy a tile into the arrangement that matrix products read.
 
-    Shared memory has, for each eight rows, blocks of `swizzle` bytes of each; in a block, pieces of
-    16 bytes are exchanged so that eight rows of a column lie in different banks.
-
     Args:
       lane: a thread of a warpgroup.
       tokens: to a head's first token.
@@ -196,16 +194,14 @@ def copy_tile(
       stride: bytes from a token to the next.
       plan: shapes.
     """
-    size, swizzle = math.gcd(2 * plan.head_dim, 16), plan.swizzle
+    size = math.gcd(2 * plan.head_dim, 16)
     pieces = 2 * plan.head_dim // size
 
     def copy(i: I32) -> None:
         row, byte = i // pieces, i % pieces * size
         token = lane.minimum(first_token + row, plan.num_tokens - 1)
-        block = (row >> 3) * (plan.row_bytes // swizzle) + byte // swizzle
-        offset = block * (8 * swizzle) + (row & 7) * swizzle + byte % swizzle
-        offset = offset ^ ((offset >> 7 & (swizzle // 16 - 1)) << 4)
-        tile.at(offset, 1).start_copy(tokens.at(token, stride).at(byte, 1), size)
+        offset = tile_offset(row, byte, row_bytes=plan.row_bytes)
+        tile.at(offset).start_copy(tokens.at(token, stride).at(byte, 1), size)
 
     thread = lane.thread_id() & (WARPGROUP - 1)
     lane.fori_loop(thread, TILE * pieces, copy, step=WARPGROUP)
