@@ -19,9 +19,8 @@ TABLE = (
     Path(__file__).parents[1] / "yoso_jax" / "kernels" / "mosaic_gpu" / "collision_coefficients.py"
 )
 EXPONENTS = range(1, 17)
-DEGREES = range(5, 8)
-# The least degree with this error is taken, else the last.
-GOAL = 5e-4
+# Of each table: the least degree with this error is taken, else the last.
+TABLES = {"TABLE": (5e-4, range(5, 8)), "COARSE_TABLE": (2e-3, range(3, 8))}
 # An error is relative to the probability plus this: smaller weights need not be as accurate.
 FLOOR = 1e-6
 # Below, powers of p that are no multiples of 4 have a singular end, which no polynomial follows.
@@ -52,20 +51,7 @@ class Arguments:
 def main() -> None:
     """Prints the errors of all degrees that were tried and writes or checks the module."""
     arguments = tyro.cli(Arguments, description=f"Fits polynomials. {cli.EXIT_CODES}")
-    new = HEADER + "TABLE: dict[int, tuple[tuple[float, ...], float, float]] = {\n"
-    for exponent in EXPONENTS:
-        for degree in DEGREES:
-            coefficients, error = fit(exponent, degree)
-            coefficients = coefficients.astype(np.float32)
-            absolute, relative = measure(exponent, coefficients)
-            print(
-                f"exponent {exponent}, degree {degree}: best {error:.1e}, as float32 "
-                f"{relative:.1e}, anywhere {absolute:.1e}"
-            )
-            if error < GOAL:
-                break
-        new += _entry(exponent, coefficients, absolute, relative)
-    new += "}\n"
+    new = HEADER + "\n".join(_table(name, *which) for name, which in TABLES.items())
     try:
         old = arguments.table.read_text(encoding="utf-8") if arguments.table.exists() else ""
     except OSError as error:
@@ -77,6 +63,23 @@ def main() -> None:
     else:
         write_atomically(arguments.table, new)
         print(f"wrote {arguments.table}")
+
+
+def _table(name: str, goal: float, degrees: range) -> str:
+    text = f"{name}: dict[int, tuple[tuple[float, ...], float, float]] = {{\n"
+    for exponent in EXPONENTS:
+        for degree in degrees:
+            coefficients, error = fit(exponent, degree)
+            coefficients = coefficients.astype(np.float32)
+            absolute, relative = measure(exponent, coefficients)
+            print(
+                f"exponent {exponent}, degree {degree}: best {error:.1e}, as float32 "
+                f"{relative:.1e}, anywhere {absolute:.1e}"
+            )
+            if error < goal:
+                break
+        text += _entry(exponent, coefficients, absolute, relative)
+    return text + "}\n"
 
 
 def fit(exponent: int, degree: int) -> tuple[np.ndarray, float]:

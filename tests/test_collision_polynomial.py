@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from yoso_jax.kernels.mosaic_gpu.collision_coefficients import TABLE
+from yoso_jax.kernels.mosaic_gpu.collision_coefficients import COARSE_TABLE, TABLE
 from yoso_jax.kernels.mosaic_gpu.collision_polynomial import collision_polynomial, evaluate
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "fit_polynomials.py"
@@ -32,9 +32,10 @@ def cosines():
     return np.concatenate([np.linspace(-1, 1, 70_001), 1 - near_one, near_one - 1]).astype("f4")
 
 
+@pytest.mark.parametrize("coarse", [False, True])
 @pytest.mark.parametrize("exponent", EXPONENTS)
-def test_recorded_errors_hold(exponent, cosines):
-    polynomial = collision_polynomial(exponent)
+def test_recorded_errors_hold(exponent, coarse, cosines):
+    polynomial = collision_polynomial(exponent, coarse=coarse)
     expected = exact(cosines, exponent)
     in_float64 = evaluate_float64(polynomial, cosines)
     in_float32 = np.asarray(evaluate(polynomial, jnp.asarray(cosines)), np.float64)
@@ -104,7 +105,7 @@ def test_exponents():
 
 
 def test_coefficients_are_float32():
-    for coefficients, _, _ in TABLE.values():
+    for coefficients, _, _ in [*TABLE.values(), *COARSE_TABLE.values()]:
         assert len(coefficients) <= 8
         assert all(float(np.float32(c)) == c for c in coefficients)
 
@@ -136,11 +137,12 @@ def test_the_script_writes_the_table(script, tmp_path, monkeypatch):
     assert written.splitlines()[:7] == script.TABLE.read_text().splitlines()[:7]
     names = {}
     exec(written, names)
-    assert names["TABLE"].keys() == TABLE.keys() == set(EXPONENTS)
-    for exponent, (coefficients, *errors) in names["TABLE"].items():
-        # Other libraries of linear algebra may round the last digit differently.
-        np.testing.assert_allclose(coefficients, TABLE[exponent][0], rtol=2e-7)
-        np.testing.assert_allclose(errors, TABLE[exponent][1:], rtol=0.2)
+    for name, table in (("TABLE", TABLE), ("COARSE_TABLE", COARSE_TABLE)):
+        assert names[name].keys() == table.keys() == set(EXPONENTS)
+        for exponent, (coefficients, *errors) in names[name].items():
+            # Other libraries of linear algebra may round the last digit differently.
+            np.testing.assert_allclose(coefficients, table[exponent][0], rtol=2e-7)
+            np.testing.assert_allclose(errors, table[exponent][1:], rtol=0.2)
 
 
 def test_the_script_checks(script, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 from yoso_jax import yoso_attention
 from yoso_jax.kernels.mosaic_gpu import expectation, expectation_backward, hopper, lane_numpy
 from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
+from yoso_jax.kernels.mosaic_gpu.collision_polynomial import collision_polynomial
 from yoso_jax.kernels.mosaic_gpu.lane import Program
 
 
@@ -23,7 +24,7 @@ def test_probabilities_of_a_tile(hash_code_len):
     cosine = rng.uniform(-1, 1, (64, 32))
     cosine[:8, :4], cosine[8:16, 4:8], cosine[16:24] = 1, -1, 0
     products = (cosine * lengths[:, None] / -scales).astype(np.float32)
-    rows = np.stack(tiles.row_values(jnp.asarray(lengths), hash_code_len))
+    rows = np.stack(tiles.row_values(jnp.asarray(lengths), collision_polynomial(hash_code_len)))
 
     def body(lane, inputs, outputs, shared, block):
         thread = lane.thread_id()
@@ -41,7 +42,7 @@ def test_probabilities_of_a_tile(hash_code_len):
         column = [lane.i32(8 * j + c) + (thread & 3) * 2 for j, _, c in place]
         values = [load(inputs[0], each, r) for each, (_, r, _) in zip(column, place, strict=True)]
         mine = [[load(inputs[2], lane.i32(i), r) for r in range(2)] for i in range(len(rows))]
-        constant = tiles.polynomial_constant(hash_code_len)
+        constant = collision_polynomial(hash_code_len).coefficients[0]
         out = [
             x
             for piece, _ in tiles.probabilities(lane, values, mine, shared, constant)

@@ -2,7 +2,7 @@
 
 For unit vectors, with `u = sqrt(1 - cosine)` in 0..sqrt(2) (their distance divided by sqrt(2)),
 `p = 1 - arccos(cosine) / pi` falls steadily from 1 to 0, and `p ** exponent` is close to `h(u)**2`
-with h of degree 5 to 7: a square root, as many fused multiply-adds, and a product. Where rounding
+with h of degree 3 to 7: a square root, as many fused multiply-adds, and a product. Where rounding
 puts a cosine beyond 1, the absolute value below the root takes it for as much less than 1.
 
 Multiples of 4 are smooth in u. Other powers are singular at cosine -1, the more so the smaller they
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from yoso_jax.kernels.checks import check_integer
-from yoso_jax.kernels.mosaic_gpu.collision_coefficients import TABLE
+from yoso_jax.kernels.mosaic_gpu.collision_coefficients import COARSE_TABLE, TABLE
 
 MAX_EXPONENT = max(TABLE)
 
@@ -35,17 +35,19 @@ class Polynomial:
     max_relative_error: float
 
 
-def collision_polynomial(exponent: int) -> Polynomial:
+def collision_polynomial(exponent: int, *, coarse: bool = False) -> Polynomial:
     """The polynomial whose square is `(1 - arccos(cosine) / pi) ** exponent`.
 
     Args:
       exponent: 0 to 16. Exponent 0 is the constant 1.
+      coarse: of a lower degree if there is one with an error of at most 0.2 %, not 0.05 %.
 
     Raises:
       ValueError: exponent is not an integer in this range.
     """
     check_integer("exponent", exponent, 0, MAX_EXPONENT)
-    return Polynomial(*TABLE[exponent]) if exponent else Polynomial((1.0,), 0.0, 0.0)
+    table = COARSE_TABLE if coarse else TABLE
+    return Polynomial(*table[exponent]) if exponent else Polynomial((1.0,), 0.0, 0.0)
 
 
 def evaluate(polynomial: Polynomial, cosine: Float[Array, "*shape"]) -> Float32[Array, "*shape"]:

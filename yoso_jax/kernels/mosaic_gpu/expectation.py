@@ -95,8 +95,8 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
     keys, stages, warpgroups = plan.block_keys, plan.stages, plan.warpgroups
     layout = plgpu.Layout.WGMMA
     row = layout.reduce(1)
-    constant = tiles.polynomial_constant(plan.hash_code_len)
-    num_row_values = len(collision_polynomial(plan.hash_code_len).coefficients)
+    polynomial = collision_polynomial(plan.hash_code_len)
+    num_row_values = len(polynomial.coefficients)
 
     @plgpu.inline_mgpu(
         arg_types=(layout, plgpu.RefType(), *[row] * num_row_values),
@@ -109,7 +109,7 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
             read_registers(lane, scores),
             [read_registers(lane, each) for each in row_arrays],
             lane.shared_pointer(scales),
-            constant,
+            polynomial.coefficients[0],
         )
         words = [word for piece, _ in pieces for word in lane.pack(piece, dtype)]
         return write_registers(words, scores, dtype)
@@ -168,7 +168,7 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
             length = plgpu.load(lengths.at[head, rows], layout=row, optimized=False)
             attends = length > 0
             length = jnp.where(attends, length, 1)
-            row_values = tiles.row_values(length, plan.hash_code_len)
+            row_values = tiles.row_values(length, polynomial)
             plgpu.barrier_wait(query_loaded.at[warpgroup])
 
             def go(sums: Any) -> Any:

@@ -28,6 +28,7 @@ from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
 from yoso_jax.kernels.mosaic_gpu.collision_polynomial import collision_polynomial
 from yoso_jax.kernels.mosaic_gpu.expectation_tiles import ROWS
 from yoso_jax.kernels.mosaic_gpu.lane import I32, WARPGROUP
+from yoso_jax.kernels.mosaic_gpu.tangents import add_tangents
 
 # Columns of the gradients that a warpgroup has registers for.
 _MAX_COLUMNS = 64
@@ -144,8 +145,8 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
     with_query = plan.with_query and key_width > 0
     layout = plgpu.Layout.WGMMA
     row = layout.reduce(1)
-    constant = tiles.polynomial_constant(plan.hash_code_len)
-    num_row_values = len(collision_polynomial(plan.hash_code_len).coefficients)
+    polynomial = collision_polynomial(plan.hash_code_len)
+    num_row_values = len(polynomial.coefficients)
 
     @plgpu.inline_mgpu(
         arg_types=(layout, layout, plgpu.RefType(), *[row] * num_row_values),
@@ -158,7 +159,7 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
             read_registers(lane, scores),
             [read_registers(lane, each) for each in row_arrays],
             lane.shared_pointer(scales),
-            constant,
+            polynomial.coefficients[0],
         )
         others = iter(read_registers(lane, products))
         words: tuple[list[I32], list[I32]] = ([], [])
@@ -226,7 +227,7 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
             length = plgpu.load(lengths.at[head, rows], layout=row, optimized=False)
             attends = length > 0
             length = jnp.where(attends, length, 1)
-            row_values = tiles.row_values(length, plan.hash_code_len)
+            row_values = tiles.row_values(length, polynomial)
             plgpu.barrier_wait(keys_loaded.at[warpgroup])
 
             def by_row(x: Any, width: int) -> Any:
@@ -396,6 +397,8 @@ def gradients(
       with_value: whether the gradient of value is wanted; it is None otherwise.
       deterministic: the same bits in every run, for two more matrix products of five.
     """
+    from yoso_jax.kernels.mosaic_gpu.lane_mosaic import call as run  # loads JAX's GPU dialects
+
     query, grad_out = xla.mask_tokens(query, query_mask), xla.mask_tokens(grad_out, query_mask)
     key, value = xla.mask_tokens(key, key_mask), xla.mask_tokens(value, key_mask)
     from_queries = _Side(query, grad_out, query_mask)
@@ -410,9 +413,17 @@ def gradients(
     grad_key, grad_value, sums = call(
         from_queries, from_keys, with_query=True, with_value=with_value
     )
-    unit = query.astype(jnp.float32) / from_queries.by_token[..., None]
-    grad_query = sums - jnp.sum(sums * unit, axis=-1, keepdims=True) * unit
-    return grad_query.astype(query.dtype), grad_key, grad_value
+    # The sums are divided by the lengths of queries already.
+    grad_query = add_tangents(
+        sums[None],
+        jnp.pad(query, [(0, 0)] * 3 + [(0, sums.shape[-1] - query.shape[-1])]),
+        from_queries.lengths,
+        None,
+        factor=-hash_code_len / 2,
+        heads_first=True,
+        call=run,
+    )
+    return grad_query[..., : query.shape[-1]], grad_key, grad_value
 
 
 class _Side:
@@ -436,7 +447,7 @@ class _Side:
 def _gradients(
     queries: _Side, keys: _Side, *, hash_code_len: int, with_query: bool, with_value: bool
 ) -> tuple[Array, Any, Any]:
-    """Gradients of the keys, of their values, and of the queries but for their directions."""
+    """Gradients of the keys and of their values, and sums for `add_tangents` of the queries."""
     batch, num_keys, heads, head_dim = keys.tokens.shape
     value_dim = keys.rows.shape[-1]
     query, grad_out = tiles.pad(queries.tokens), tiles.pad(queries.rows)
@@ -486,7 +497,5 @@ def _gradients(
     if with_value:
         grad_value = jnp.concatenate(grad_values, axis=-1)[:, :num_keys, :, :value_dim]
     if with_query:
-        total = queries.tokens_first(jnp.concatenate(sums, axis=-1)[..., :head_dim])
-        # These sums are divided by the lengths of queries already.
-        grad_query = total * (-hash_code_len / 2)
+        grad_query = jnp.concatenate(sums, axis=-1)
     return grad_key, grad_value, grad_query

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from yoso_jax.kernels.mosaic_gpu.collision_polynomial import collision_polynomial
+from yoso_jax.kernels.mosaic_gpu.collision_polynomial import Polynomial
 from yoso_jax.kernels.mosaic_gpu.lane import F32, Lane, SharedPointer
 
 ROWS = 64
@@ -70,19 +70,14 @@ def probabilities(
         yield [root * root for root in roots], scale
 
 
-def row_values(lengths: Array, hash_code_len: int) -> list[Array]:
+def row_values(lengths: Array, polynomial: Polynomial) -> list[Array]:
     """The lengths, and the coefficients of w, w**2 and so on."""
     power = inverse = lax.rsqrt(lengths)
     values = [lengths]
-    for coefficient in collision_polynomial(hash_code_len).coefficients[1:]:
+    for coefficient in polynomial.coefficients[1:]:
         values.append(np.float32(coefficient) * power)
         power = power * inverse
     return values
-
-
-def polynomial_constant(hash_code_len: int) -> float:
-    """The coefficient of w**0, which does not depend on lengths."""
-    return collision_polynomial(hash_code_len).coefficients[0]
 
 
 def token_lengths(x: Float[Array, "B T N H"]) -> Float[Array, "heads T"]:
