@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from yoso_jax.hashing import HashFn, sample_projection
 from yoso_jax.kernels import dispatch
+from yoso_jax.kernels.backward_choice import BACKWARDS, Backward, BackwardPlan, plan
 from yoso_jax.kernels.checks import check_integer
 from yoso_jax.kernels.codes import BitLayout
 from yoso_jax.kernels.dispatch import Implementation
+from yoso_jax.kernels.mosaic_gpu import hopper
 from yoso_jax.kernels.xla import l2_normalize as l2_normalize
 from yoso_jax.kernels.xla import l2_normalize_gradient
-
-type Backward = Literal["sampled", "expectation"]
 
 
 def yoso_attention(
@@ -33,7 +33,9 @@ def yoso_attention(
     key_value_seq_lengths: Int[Array, " B"] | None = None,
     hash_fn: HashFn = "gaussian",
     bit_layout: BitLayout = "spread",
-    backward: Backward = "sampled",
+    backward: Backward | None = "sampled",
+    num_backward_hashes: int | None = None,
+    bucket_bits: int | None = None,
     normalize: bool = True,
     implementation: Implementation = None,
 ) -> Float[Array, "B T N D"]:
@@ -65,8 +67,16 @@ def yoso_attention(
       key_value_seq_lengths: integers `[B]`; keys from this position on are masked.
       hash_fn: "gaussian" projections, or "fast" ones of random signs and Hadamard transforms.
       bit_layout: "spread" (unbiased) or "block" (as published), with `hash_fn="fast"`.
-      backward: gradients of query and key of a sampled forward pass: from the same hashes
-        ("sampled"), or from the expectation, in quadratic time and with less noise.
+      backward: gradients of query and key of a sampled forward pass. "sampled": over the pairs that
+        collide in the same hashes. "expectation": over all pairs, in quadratic time, without noise.
+        "bucketed": over the pairs that collide in the first bits of some of the same hashes, each
+        weighted by the probability that the other bits agree; in linear time. None: the fastest
+        for the shapes and JAX's default device, as measured; of two about as fast the less noisy.
+      num_backward_hashes: hashes that "bucketed" uses, 1 to `num_hashes`; None for at most 8. More
+        hashes, less noise. Other kinds ignore it, as they do `bucket_bits`.
+      bucket_bits: bits that "bucketed" compares, 0 to `hash_code_len`; None for buckets of 64 to
+        127 of the T queries or S keys, whichever are more. Fewer bits, more pairs: more time and
+        less noise; 0 is the expectation.
       normalize: divide each row of the result by its l2 norm.
       implementation: "mosaic_gpu", kernels for NVIDIA's Hopper GPUs; "xla", plain JAX for every
         device; a sequence of names to try in order; or None for the best that applies. With None
@@ -87,12 +97,13 @@ def yoso_attention(
     query, key, value = map(jnp.asarray, (query, key, value))
     _check_arrays(query, key, value)
     names = dispatch.resolve(implementation)
-    _check_choices(num_hashes, hash_code_len, hash_fn, bit_layout, backward)
+    _check_choices(num_hashes, hash_code_len, hash_fn, bit_layout)
+    _check_backward(backward, num_backward_hashes, bucket_bits, num_hashes, hash_code_len)
     query_mask, key_mask = _masks(
         query, key, mask, query_mask, query_seq_lengths, key_value_seq_lengths
     )
-    options = _Options(hash_code_len, backward, normalize, names)
     if num_hashes is None:
+        options = _Options(hash_code_len, None, normalize, names)
         out = _expectation(options, query, key, value, query_mask, key_mask)
     else:
         if rng is None:
@@ -106,6 +117,17 @@ def yoso_attention(
             hash_fn=hash_fn,
             bit_layout=bit_layout,
         ).astype(query.dtype)
+        chosen = plan(
+            backward,
+            num_backward_hashes,
+            bucket_bits,
+            num_hashes=num_hashes,
+            hash_code_len=hash_code_len,
+            num_tokens=max(query.shape[1], key.shape[1]),
+            is_biased=hash_fn == "fast" and bit_layout == "block",
+            platform=hopper.default_device().platform,
+        )
+        options = _Options(hash_code_len, chosen, normalize, names)
         out = _sampled(options, query, key, value, projection, query_mask, key_mask)
     return out.astype(query.dtype)
 
@@ -119,7 +141,9 @@ def sampled_attention(
     key_mask: Bool[Array, "B S"] | None = None,
     *,
     hash_code_len: int,
-    backward: Backward = "sampled",
+    backward: Backward | None = "sampled",
+    num_backward_hashes: int | None = None,
+    bucket_bits: int | None = None,
     normalize: bool = False,
     implementation: Implementation = None,
 ) -> Float[Array, "B T N D"]:
@@ -135,7 +159,9 @@ def sampled_attention(
         zero.
       key_mask: bool `[B, S]`, True for the keys to attend to.
       hash_code_len: bits of a hash, 1 to 16.
-      backward: as in `yoso_attention`.
+      backward: as in `yoso_attention`; "bucketed" needs a projection whose bits are independent.
+      num_backward_hashes: as in `yoso_attention`.
+      bucket_bits: as in `yoso_attention`.
       normalize: divide each row of the result by its l2 norm.
       implementation: as in `yoso_attention`.
 
@@ -149,7 +175,6 @@ def sampled_attention(
     _check_arrays(query, key, value)
     names = dispatch.resolve(implementation)
     check_integer("hash_code_len", hash_code_len, 1, 16)
-    _check_choice("backward", backward, ("sampled", "expectation"))
     batch, _, heads, head_dim = query.shape
     columns = projection.shape[-1] if projection.ndim else 0
     if (
@@ -162,9 +187,21 @@ def sampled_attention(
             f"projection must be floating point of shape [B={batch}, N={heads}, H={head_dim}, "
             f"num_hashes * {hash_code_len}], got {projection.dtype} of shape {projection.shape}."
         )
+    num_hashes = columns // hash_code_len
+    _check_backward(backward, num_backward_hashes, bucket_bits, num_hashes, hash_code_len)
     query_mask = _check_mask("query_mask", query_mask, query)
     key_mask = _check_mask("key_mask", key_mask, key)
-    options = _Options(hash_code_len, backward, normalize, names)
+    chosen = plan(
+        backward,
+        num_backward_hashes,
+        bucket_bits,
+        num_hashes=num_hashes,
+        hash_code_len=hash_code_len,
+        num_tokens=max(query.shape[1], key.shape[1]),
+        is_biased=False,
+        platform=hopper.default_device().platform,
+    )
+    options = _Options(hash_code_len, chosen, normalize, names)
     projection = projection.astype(query.dtype)
     out = _sampled(options, query, key, value, projection, query_mask, key_mask)
     return out.astype(query.dtype)
@@ -173,7 +210,7 @@ def sampled_attention(
 @dataclasses.dataclass(frozen=True)
 class _Options:
     hash_code_len: int
-    backward: Backward
+    backward: BackwardPlan | None
     normalize: bool
     implementations: tuple[str, ...]
 
@@ -253,13 +290,16 @@ def _sampled_bwd(options: _Options, residuals: tuple, grad_out: Array) -> tuple:
     unit, norm, *args = residuals
     if options.normalize:
         grad_out = l2_normalize_gradient(unit, norm, grad_out)
+    assert options.backward is not None
     grads = dispatch.call(
         "sampled_backward",
         options.implementations,
         *args,
         grad_out,
         hash_code_len=options.hash_code_len,
-        backward=options.backward,
+        backward=options.backward.kind,
+        num_backward_hashes=options.backward.num_hashes,
+        bucket_bits=options.backward.bucket_bits,
     )
     return *grads, None, None, None
 
@@ -295,19 +335,33 @@ def _check_choices(
     hash_code_len: int,
     hash_fn: HashFn,
     bit_layout: BitLayout,
-    backward: Backward,
 ) -> None:
     if num_hashes is not None:
         check_integer("num_hashes, unless it is None,", num_hashes, 1)
     check_integer("hash_code_len", hash_code_len, 1, 16)
     _check_choice("hash_fn", hash_fn, ("gaussian", "fast"))
     _check_choice("bit_layout", bit_layout, ("spread", "block"))
-    _check_choice("backward", backward, ("sampled", "expectation"))
 
 
-def _check_choice(name: str, choice: str, accepted: tuple[str, str]) -> None:
+def _check_backward(
+    backward: Backward | None,
+    num_backward_hashes: int | None,
+    bucket_bits: int | None,
+    num_hashes: int | None,
+    hash_code_len: int,
+) -> None:
+    _check_choice("backward", backward, (*BACKWARDS, None))
+    if num_backward_hashes is not None:
+        name = "num_backward_hashes, unless it is None,"
+        check_integer(name, num_backward_hashes, 1, num_hashes)
+    if bucket_bits is not None:
+        check_integer("bucket_bits, unless it is None,", bucket_bits, 0, hash_code_len)
+
+
+def _check_choice(name: str, choice: str | None, accepted: tuple[str | None, ...]) -> None:
     if choice not in accepted:
-        raise ValueError(f"{name} must be {accepted[0]!r} or {accepted[1]!r}, got {choice!r}.")
+        *first, last = map(repr, accepted)
+        raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {choice!r}.")
 
 
 def _check_mask(name: str, mask: Array | None, x: Array) -> Array | None:

@@ -23,7 +23,26 @@ def collision_weights(
     query_codes: Integer[Array, "*batch T m"], key_codes: Integer[Array, "*batch S m"]
 ) -> Float[Array, "*batch T S"]:
     """Fraction of the m hashes in which the codes of a query and of a key agree."""
-    return (query_codes[..., :, None, :] == key_codes[..., None, :, :]).mean(-1)
+    return (query_codes[..., :, None, :] == key_codes[..., None, :, :]).mean(-1, dtype=float)
+
+
+def bucketed_weights(
+    query_codes: Integer[Array, "*batch T m"],
+    key_codes: Integer[Array, "*batch S m"],
+    query: Float[Array, "*batch T H"],
+    key: Float[Array, "*batch S H"],
+    *,
+    hash_code_len: int,
+    bucket_bits: int,
+) -> Float[Array, "*batch T S"]:
+    """An estimate of `expectation_weights` that is zero for pairs without a common bucket.
+
+    The fraction of the hashes whose lowest `bucket_bits` bits agree, which happens with probability
+    `p ** bucket_bits`, times `p ** (hash_code_len - bucket_bits)`.
+    """
+    buckets = (codes & (2**bucket_bits - 1) for codes in (query_codes, key_codes))
+    missing = expectation_weights(query, key, hash_code_len=hash_code_len - bucket_bits)
+    return collision_weights(*buckets) * missing
 
 
 def lsh_cumulation(

@@ -6,13 +6,14 @@ results numbers are float32 (or float64). Validation and differentiation are the
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from yoso_jax.kernels import blocked, collisions
+from yoso_jax.kernels import blocked, buckets, collisions
 from yoso_jax.kernels.codes import hash_codes
 from yoso_jax.kernels.collisions import lsh_weighted_cumulation as lsh_weighted_cumulation
 
@@ -154,21 +155,33 @@ def sampled_backward(
     *,
     hash_code_len: int,
     backward: str,
+    num_backward_hashes: int,
+    bucket_bits: int,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N D"]]:
-    """Gradients of `sampled`; those of query and key from its hashes, or from the expectation.
+    """Gradients of `sampled`; those of query and key are the ones that `backward` names.
 
-    `grad_out` is the gradient of `B v` before it is normalised.
+    `grad_out` is the gradient of `B v` before it is normalised. "bucketed" uses the first
+    `num_backward_hashes` hashes and the lowest `bucket_bits` bits of each.
     """
     if not isinstance(codes, Codes):
         raise NotImplementedError(f"xla made no codes of type {type(codes).__name__}.")
     args = query, key, value, query_mask, key_mask, grad_out
     if backward == "sampled":
         return surrogate_gradients(codes, *args, hash_code_len=hash_code_len)
-    grads = surrogate_gradients(None, *args, hash_code_len=hash_code_len, with_value=False)
+    if backward == "bucketed":
+        grads = bucketed_gradients(
+            codes.query[..., :num_backward_hashes],
+            codes.key[..., :num_backward_hashes],
+            *args,
+            hash_code_len=hash_code_len,
+            bucket_bits=bucket_bits,
+        )
+    else:
+        grads = surrogate_gradients(None, *args, hash_code_len=hash_code_len, with_value=False)[:2]
     grad_value = collisions.lsh_cumulation(
         codes.key, codes.query, heads_first(grad_out, query_mask), hash_code_len=hash_code_len
     )
-    return *grads[:2], tokens_first(grad_value, key_mask).astype(value.dtype)
+    return *grads, tokens_first(grad_value, key_mask).astype(value.dtype)
 
 
 def expectation(
@@ -227,10 +240,8 @@ def surrogate_gradients(
     gradients = collisions.expectation_gradients
     if codes is not None:
         gradients = functools.partial(collisions.collision_gradients, codes.query, codes.key)
-    units, unit_vjp = jax.vjp(
-        lambda query, key: (_unit(query, query_mask), _unit(key, key_mask)), query, key
-    )
-    *grad_units, grad_value = gradients(
+    units, unit_vjp = _units(query, key, query_mask, key_mask)
+    grad_query, grad_key, grad_value = gradients(
         *units,
         heads_first(value, key_mask),
         heads_first(grad_out, query_mask),
@@ -239,7 +250,50 @@ def surrogate_gradients(
     )
     if grad_value is not None:
         grad_value = tokens_first(grad_value, key_mask).astype(value.dtype)
-    return *unit_vjp(tuple(grad_units)), grad_value
+    return *unit_vjp((grad_query, grad_key)), grad_value
+
+
+def bucketed_gradients(
+    query_codes: Int[Array, "B N T m"],
+    key_codes: Int[Array, "B N S m"],
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N D"],
+    query_mask: Bool[Array, "B T"] | None,
+    key_mask: Bool[Array, "B S"] | None,
+    grad_out: Float[Array, "B T N D"],
+    *,
+    hash_code_len: int,
+    bucket_bits: int,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"]]:
+    """Gradients of query and key over the pairs whose codes agree in the lowest `bucket_bits`."""
+    units, unit_vjp = _units(query, key, query_mask, key_mask)
+    batch, _, heads, _ = query.shape
+
+    def by_head(mask: Array | None) -> Array | None:
+        if mask is None:
+            return None
+        return jnp.broadcast_to(mask[:, None], (batch, heads, mask.shape[1]))
+
+    grad_units = buckets.bucketed_gradients(
+        query_codes,
+        key_codes,
+        *units,
+        heads_first(value, key_mask),
+        heads_first(grad_out, query_mask),
+        by_head(query_mask),
+        by_head(key_mask),
+        hash_code_len=hash_code_len,
+        bucket_bits=bucket_bits,
+    )
+    return unit_vjp(grad_units)
+
+
+def _units(
+    query: Array, key: Array, query_mask: Array | None, key_mask: Array | None
+) -> tuple[tuple[Array, Array], Callable[[tuple[Array, Array]], tuple[Array, Array]]]:
+    """Unit queries and keys, and what turns their gradients into those of query and key."""
+    return jax.vjp(lambda q, k: (_unit(q, query_mask), _unit(k, key_mask)), query, key)
 
 
 def _unit(x: Array, mask: Array | None) -> Array:

@@ -83,10 +83,12 @@ def sampled_backward(
     *,
     hash_code_len: int,
     backward: str,
+    num_backward_hashes: int,
+    bucket_bits: int,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N D"]]:
     """As `xla.sampled_backward`, with a kernel for the gradient of value.
 
-    The others are by `xla` if they are those of the hashes, or in float32.
+    The others are by `xla` if they come from hashes, or in float32.
 
     Raises:
       NotImplementedError: the codes are those of another implementation.
@@ -102,32 +104,31 @@ def sampled_backward(
         num_hashes=codes.num_hashes,
         hash_code_len=hash_code_len,
     )
-    plain = None
-    if backward == "expectation" and value.dtype != jnp.float32:
-        args = query, key, value, query_mask, key_mask, grad_out.astype(value.dtype)
-        return *_gradients(*args, hash_code_len=hash_code_len, with_value=False)[:2], grad_value
-    if backward == "sampled":
-        batch, _, heads, _ = query.shape
-        plain = xla.Codes(
-            *(
-                plain_codes(x, num_hashes=codes.num_hashes, hash_code_len=hash_code_len).reshape(
-                    batch, heads, -1, codes.num_hashes
-                )
-                for x in (codes.query, codes.key)
-            )
+    args = query, key, value, query_mask, key_mask
+    batch, _, heads, _ = query.shape
+
+    def plain(arranged: Array, num_hashes: int) -> Array:
+        options = dict(num_hashes=num_hashes, hash_code_len=hash_code_len)
+        return plain_codes(arranged, **options).reshape(batch, heads, -1, num_hashes)
+
+    if backward == "bucketed":
+        grads = xla.bucketed_gradients(
+            plain(codes.query, num_backward_hashes),
+            plain(codes.key, num_backward_hashes),
+            *args,
+            grad_out,
+            hash_code_len=hash_code_len,
+            bucket_bits=bucket_bits,
         )
-    grad_query, grad_key, _ = xla.surrogate_gradients(
-        plain,
-        query,
-        key,
-        value,
-        query_mask,
-        key_mask,
-        grad_out,
-        hash_code_len=hash_code_len,
-        with_value=False,
-    )
-    return grad_query, grad_key, grad_value
+        return *grads, grad_value
+    options = dict(hash_code_len=hash_code_len, with_value=False)
+    if backward == "expectation" and value.dtype != jnp.float32:
+        return *_gradients(*args, grad_out.astype(value.dtype), **options)[:2], grad_value
+    collided = None
+    if backward == "sampled":
+        collided = xla.Codes(*(plain(x, codes.num_hashes) for x in (codes.query, codes.key)))
+    grads = xla.surrogate_gradients(collided, *args, grad_out, **options)
+    return *grads[:2], grad_value
 
 
 def expectation(
@@ -226,8 +227,10 @@ def lsh_cumulation(
 def plain_codes(
     arranged: UInt16[Array, "heads groups tokens 8"], *, num_hashes: int, hash_code_len: int
 ) -> Int[Array, "heads tokens {num_hashes}"]:
-    """The inverse of `layout.arrange_codes`, without the filling."""
-    heads, groups, tokens, _ = arranged.shape
+    """The inverse of `layout.arrange_codes`, of the first hashes."""
+    groups = -(-num_hashes // layout.HASHES)
+    arranged = arranged[:, :groups]
+    heads, _, tokens, _ = arranged.shape
     codes = arranged.astype(jnp.int32) // (layout.code_scale(hash_code_len) * layout.HASHES)
     token = jnp.arange(tokens)[:, None]
     for distance in (1, 2, 4):

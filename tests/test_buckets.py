@@ -1,0 +1,449 @@
+"""Gradients from buckets against their naive twin, in their limits, on average, and transformed."""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from yoso_jax import yoso_attention
+from yoso_jax.attention import sampled_attention
+from yoso_jax.hashing import sample_projection
+from yoso_jax.kernels import backward_choice, buckets, collisions, reference
+from yoso_jax.kernels.codes import hash_codes
+from yoso_jax.kernels.xla import l2_normalize
+
+RNG = jax.random.key(5)
+T = 9
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def draw(heads, num_queries, num_keys, head_dim=8, value_dim=5, num_hashes=3, spread=1.0):
+    """Codes and unit queries and keys, values, cotangents, in NumPy; keys near each other."""
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=head_dim)
+    query, key = (
+        common + spread * rng.normal(size=(heads, n, head_dim)) for n in (num_queries, num_keys)
+    )
+    planes = rng.normal(size=(heads, head_dim, num_hashes, T))
+    codes = [
+        (np.einsum("nth,nhmb->ntmb", x, planes) > 0) @ (2 ** np.arange(T)) for x in (query, key)
+    ]
+    unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (query, key)]
+    value = rng.normal(size=(heads, num_keys, value_dim))
+    return [*codes, *unit, value, rng.normal(size=(heads, num_queries, value_dim))]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def bucketed(hash_code_len, bucket_bits, *args):
+    return buckets.bucketed_gradients(*args, hash_code_len=hash_code_len, bucket_bits=bucket_bits)
+
+
+def gradients(args, masks=(None, None), *, bucket_bits):
+    return bucketed(T, bucket_bits, *map(jnp.asarray, args), *masks)
+
+
+def naive(args, masks=(None, None), *, bucket_bits):
+    args = list(map(jnp.asarray, args))
+    weights = reference.bucketed_weights(*args[:4], hash_code_len=T, bucket_bits=bucket_bits)
+    for mask, expand in zip(masks, (np.s_[..., None], np.s_[..., None, :]), strict=True):
+        if mask is not None:
+            weights = jnp.where(mask[expand], weights, 0)
+    return reference.surrogate_gradients(weights, *args[2:], hash_code_len=T)[:2]
+
+
+def assert_equal(results, expected, tolerance=1e-12):
+    for result, wanted in zip(results, expected, strict=True):
+        assert result.dtype == wanted.dtype
+        scale = max(float(np.abs(wanted).max()), 1e-30)
+        np.testing.assert_allclose(result, wanted, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize(
+    ("heads", "num_queries", "num_keys", "bucket_bits", "num_hashes"),
+    [
+        (2, 130, 77, 2, 3),  # ragged tiles
+        (2, 130, 77, 9, 3),  # most buckets are empty
+        (1, 300, 200, 0, 1),  # one bucket of many tiles
+        (3, 1, 1, 4, 2),
+        (1, 500, 3, 1, 8),
+        (1, 2, 400, 3, 1),
+    ],
+)
+def test_equals_the_naive_twin(float64, heads, num_queries, num_keys, bucket_bits, num_hashes):
+    args = draw(heads, num_queries, num_keys, num_hashes=num_hashes)
+    results = gradients(args, bucket_bits=bucket_bits)
+    assert all(x.dtype == jnp.float64 for x in results)
+    assert_equal(results, naive(args, bucket_bits=bucket_bits))
+
+
+def test_more_pairs_than_a_chunk_and_larger_tiles(float64, monkeypatch):
+    args = draw(2, 300, 290)
+    expected = naive(args, bucket_bits=2)
+    monkeypatch.setattr(buckets, "_CHUNK_CPU", 7)
+    for most_pairs in (buckets._MOST_PAIRS, 40):  # 40: tiles of 128
+        monkeypatch.setattr(buckets, "_MOST_PAIRS", most_pairs)
+        function = functools.partial(buckets.bucketed_gradients, hash_code_len=T, bucket_bits=2)
+        results = jax.jit(function)(*map(jnp.asarray, args), None, None)
+        assert_equal(results, expected)
+
+
+def test_numbers_of_pairs_fit_their_type():
+    """At the length where one head's pairs of smallest tiles no longer do."""
+    assert buckets._tile_size(8, 4096, 4096, 64) == (64, 8 * (65**2 + 64))
+    for heads, tokens in ((1, 2**22), (64, 2**20)):
+        tile, most_pairs = buckets._tile_size(heads, tokens, tokens, 2**9)
+        assert tile > 64
+        assert most_pairs + buckets._CHUNK < 2**31
+        assert heads * (tokens // tile) ** 2 <= most_pairs
+
+
+def test_pairs_are_counted_at_their_most():
+    for counts in ([(1, 1)] * 5, [(65, 64), (1, 129), (64, 0)], [(640, 641)]):
+        queries, keys = np.transpose(counts)
+        pairs = sum(-(-queries // 64) * -(-keys // 64))
+        tokens = int(sum(queries)), int(sum(keys))
+        assert pairs <= buckets._tile_size(1, *tokens, len(counts))[1]
+
+
+@pytest.mark.parametrize("num_buckets_hit", [1, 2])
+def test_crowded_buckets(float64, num_buckets_hit):
+    """All tokens the same, and queries and keys without a common bucket."""
+    query_codes, key_codes, *args = draw(2, 150, 140)
+    query_codes, key_codes = np.full_like(query_codes, 3), np.full_like(key_codes, 3)
+    if num_buckets_hit == 2:
+        key_codes[:, :70] = 5
+        query_codes[1] = 4
+    args = [query_codes, key_codes, *(np.broadcast_to(x[:, :1], x.shape) for x in args)]
+    results, expected = (f(args, bucket_bits=3) for f in (gradients, naive))
+    # The arccosine is steep where the cosine is 1.
+    assert_equal(results, expected, 1e-7)
+    if num_buckets_hit == 2:
+        assert not np.any(results[0][1])
+
+
+def test_no_bits_is_the_expectation(float64):
+    args = draw(2, 90, 80, num_hashes=1)
+    expected = collisions.expectation_gradients(
+        *map(jnp.asarray, args[2:]), hash_code_len=T, with_value=False
+    )
+    assert_equal(gradients(args, bucket_bits=0), expected[:2])
+
+
+def test_all_bits_is_the_weighted_cumulation(float64):
+    query_codes, key_codes, query, key, value, grad_out = map(jnp.asarray, draw(2, 90, 80))
+    weighted = functools.partial(collisions.lsh_weighted_cumulation, hash_code_len=T)
+    expected = (
+        T / 2 * weighted(query_codes, key_codes, grad_out, value, key),
+        T / 2 * weighted(key_codes, query_codes, value, grad_out, query),
+    )
+    args = query_codes, key_codes, query, key, value, grad_out
+    assert_equal(gradients(args, bucket_bits=T), expected)
+
+
+def test_masked_tokens_do_not_matter(float64):
+    """Whatever stands in their rows, even NaN; also a head without queries or without keys."""
+    args = draw(4, 140, 130)
+    rng = np.random.default_rng(1)
+    query_mask, key_mask = (rng.random((4, n)) < 0.7 for n in (140, 130))
+    query_mask[1], key_mask[2] = False, False
+    query_mask[3], key_mask[3] = True, True
+    masks = query_mask, key_mask
+    expected = naive(args, masks, bucket_bits=2)
+    sides = query_mask, key_mask, query_mask, key_mask, key_mask, query_mask
+    args[2:] = [np.where(m[..., None], x, np.nan) for x, m in zip(args[2:], sides[2:], strict=True)]
+    results = gradients(args, masks, bucket_bits=2)
+    assert_equal(results, expected)
+    for result, mask in zip(results, masks, strict=True):
+        assert not np.any(np.asarray(result)[~mask])
+
+
+@pytest.mark.parametrize("hash_fn", ["gaussian", "fast"])
+def test_is_unbiased(hash_fn):
+    """The mean over hashes comes as close to the expectation as its spread says, entry by entry."""
+    draws, code_len, bits = 1000, 7, 3
+    args = [jnp.asarray(x, jnp.float32) for x in draw(1, 24, 20, head_dim=16, spread=0.7)[2:]]
+    exact = collisions.expectation_gradients(*args, hash_code_len=code_len, with_value=False)[:2]
+
+    def one(rng):
+        projection = sample_projection(
+            rng, (1,), 16, num_hashes=2, hash_code_len=code_len, hash_fn=hash_fn
+        )
+        codes = (hash_codes(x, projection, hash_code_len=code_len) for x in args[:2])
+        return bucketed(code_len, bits, *codes, *args, None, None)
+
+    samples = jax.jit(jax.vmap(one))(jax.random.split(RNG, draws))
+    for sample, wanted in zip(samples, exact, strict=True):
+        sample = np.asarray(sample, np.float64)
+        z = (sample.mean(0) - wanted) / (sample.std(0) / np.sqrt(draws))
+        assert np.abs(z).max() < 5  # of about 400 entries
+        assert 0.8 < np.sqrt(np.mean(z**2)) < 1.2
+        # The test would notice: 5 % of bias is far more than the noise of the mean.
+        assert np.linalg.norm(sample.mean(0) - wanted) < 0.05 * np.linalg.norm(wanted)
+
+
+# The public operation.
+
+OPTIONS = dict(
+    hash_code_len=4, num_hashes=5, backward="bucketed", num_backward_hashes=3, bucket_bits=2
+)
+
+
+def inputs(batch=2, tokens=70, num_keys=None, heads=2, head_dim=8, value_dim=8, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    sizes = (tokens, head_dim), (num_keys or tokens, head_dim), (num_keys or tokens, value_dim)
+    return tuple(
+        jax.random.normal(key, (batch, n, heads, d), dtype)
+        for key, (n, d) in zip(keys, sizes, strict=True)
+    )
+
+
+def attention(*args, rng=RNG, **options):
+    return yoso_attention(*args, rng=rng, **(OPTIONS | options))
+
+
+def loss(*args, **options):
+    out = attention(*args, **options)
+    return jnp.sum(out * jnp.arange(out.shape[-1], dtype=out.dtype))
+
+
+def grad(**options):
+    return jax.grad(functools.partial(loss, **options), argnums=(0, 1, 2))
+
+
+def assert_close(result, expected, tolerance=2e-5):
+    def check(a, b):
+        scale = float(jnp.abs(b).max())
+        np.testing.assert_allclose(
+            np.asarray(a, "f"), np.asarray(b, "f"), rtol=0, atol=tolerance * scale + 1e-7
+        )
+
+    jax.tree.map(check, result, expected)
+
+
+def test_gradients_are_those_of_the_definition():
+    """With the codes of the first hashes, through both normalisations; that of value is exact."""
+    args = inputs(tokens=70, num_keys=41, value_dim=3)
+    mask, query_mask = jnp.arange(41) < jnp.array([[41], [30]]), jnp.arange(70) % 7 > 0
+    query_mask = jnp.broadcast_to(query_mask, (2, 70))
+
+    def definition(query, key, value):
+        query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+        projection = sample_projection(RNG, (2, 2), 8, num_hashes=5, hash_code_len=4)
+        codes = [hash_codes(x, projection, hash_code_len=4) for x in (query, key)]
+        query, key = l2_normalize(query), l2_normalize(key)
+        slope = reference.bucketed_weights(
+            *(x[..., :3] for x in codes), query, key, hash_code_len=4, bucket_bits=2
+        )
+        cosine = jnp.einsum("bnth,bnsh->bnts", query, key)
+        change = cosine - jax.lax.stop_gradient(cosine)
+        weights = reference.collision_weights(*codes) + 2 * jax.lax.stop_gradient(slope) * change
+        weights = jnp.where(mask[:, None, None] & query_mask[:, None, :, None], weights, 0)
+        out = l2_normalize(jnp.swapaxes(jnp.einsum("bnts,bnsd->bntd", weights, value), 1, 2))
+        return jnp.sum(out * jnp.arange(3.0))
+
+    expected = jax.jit(jax.value_and_grad(definition, argnums=(0, 1, 2)))(*args)
+    f = functools.partial(loss, mask=mask, query_mask=query_mask)
+    result = jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(*args)
+    assert_close(result, expected)
+
+    projection = sample_projection(RNG, (2, 2), 8, num_hashes=5, hash_code_len=4)
+
+    def drawn(*args):
+        options = {name: x for name, x in OPTIONS.items() if name != "num_hashes"}
+        out = sampled_attention(*args, projection, query_mask, mask, normalize=True, **options)
+        return jnp.sum(out * jnp.arange(3.0))
+
+    assert_close(jax.jit(jax.grad(drawn, argnums=(0, 1, 2)))(*args), expected[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        (dict(bucket_bits=0), dict(backward="expectation")),
+        (dict(bucket_bits=4, num_backward_hashes=5), dict(backward="sampled")),
+    ],
+)
+def test_limits(options, same):
+    args = inputs()
+    assert_close(jax.jit(grad(**options))(*args), jax.jit(grad(**same))(*args))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_rounds_only_inputs_and_output(dtype):
+    args = inputs(dtype=dtype)
+    projection = sample_projection(RNG, (2, 2), 8, num_hashes=5, hash_code_len=4).astype(dtype)
+    options = {name: x for name, x in OPTIONS.items() if name != "num_hashes"}
+
+    @jax.jit
+    def f(*args):
+        _, vjp = jax.vjp(lambda *args: sampled_attention(*args, projection, **options), *args)
+        return vjp(jnp.ones_like(args[2]))
+
+    result, expected = f(*args), f(*(x.astype(jnp.float32) for x in args))
+    assert all(x.dtype == dtype for x in result)
+    assert_close(result, expected, 1e-2)
+
+
+def test_vmap_and_vmap_of_grad():
+    """Also where some arguments are not batched, and the work differs between the batched."""
+    query, key, value = inputs()
+    queries = jnp.stack([query, 2 * query[::-1], jnp.broadcast_to(query[:, :1], query.shape)])
+    mapped = jax.jit(jax.vmap(grad(), in_axes=(0, None, None)))(queries, key, value)
+    one_by_one = [jax.jit(grad())(x, key, value) for x in queries]
+    expected = jax.tree.map(lambda *rows: jnp.stack(rows), *one_by_one)
+    assert_close(mapped, expected)
+
+
+@pytest.mark.parametrize("layer", [lambda f: f, jax.checkpoint], ids=["plain", "checkpoint"])
+def test_grad_of_scan(layer):
+    query, key, value = inputs()
+
+    def layers(query):
+        def layer_fn(x, rng):
+            return x + attention(x, key, value, rng=rng), None
+
+        return jnp.sum(jax.lax.scan(layer(layer_fn), query, jax.random.split(RNG, 2))[0])
+
+    def unrolled(query):
+        for rng in jax.random.split(RNG, 2):
+            query = query + attention(query, key, value, rng=rng)
+        return jnp.sum(query)
+
+    f, g = (jax.jit(jax.value_and_grad(f)) for f in (layers, unrolled))
+    assert_close(f(query), g(query))
+
+
+def test_export_round_trip():
+    args = inputs()
+    f = jax.jit(grad(implementation="xla"))
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
+    blob = export.export(f, platforms=("cpu", "cuda", "tpu"))(*shapes).serialize(vjp_order=0)
+    assert_close(export.deserialize(blob).call(*args), f(*args))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
+def test_lowers_for_every_platform(platform):
+    traced = jax.jit(grad(implementation="xla")).trace(*inputs(dtype=jnp.bfloat16))
+    assert "stablehlo.while" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_shardings_do_not_change_the_result():
+    script = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from yoso_jax import yoso_attention
+
+keys = jax.random.split(jax.random.key(0), 3)
+args = [jax.random.normal(key, (4, 12, 2, 8)) for key in keys]
+mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+def loss(*args):
+    options = dict(num_hashes=5, hash_code_len=4, backward="bucketed", bucket_bits=2)
+    out = yoso_attention(*args, rng=jax.random.key(1), **options)
+    return jnp.sum(out * jnp.arange(8))
+grad = jax.grad(loss, argnums=(0, 1, 2))
+for spec in (P("data"), P(None, "data", "model")):
+    sharded = [jax.device_put(x, NamedSharding(mesh, spec)) for x in args]
+    for result, wanted in zip(jax.jit(grad)(*sharded), jax.jit(grad)(*args), strict=True):
+        np.testing.assert_allclose(result, wanted, atol=2e-5)
+for check_vma in (True, False):
+    mapped = jax.shard_map(
+        grad, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=check_vma
+    )
+    expected = jax.jit(grad)(*(x[:2] for x in args))
+    for result, wanted in zip(jax.jit(mapped)(*args), expected, strict=True):
+        np.testing.assert_allclose(result[:2], wanted, atol=2e-5)
+print("equal")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env={
+            "PATH": "",
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout == "equal\n", result.stderr
+
+
+def test_memory_is_linear():
+    """Also with all tokens in one bucket: what is planned does not depend on the data."""
+    options = dict(num_hashes=8, hash_code_len=9, bucket_bits=None, num_backward_hashes=None)
+    sizes = []
+    for tokens in (16384, 65536):
+        shapes = [jax.ShapeDtypeStruct((1, tokens, 2, 64), jnp.float32)] * 3
+        compiled = jax.jit(grad(**options)).lower(*shapes).compile()
+        sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert sizes[1] < 4.2 * sizes[0]
+    # A few arrays of 64 numbers a token and head.
+    assert sizes[1] < 24 * 2 * 65536 * 64 * 4
+
+
+def plan(backward="bucketed", num_backward_hashes=None, bucket_bits=None, **options):
+    defaults = dict(
+        num_hashes=32, hash_code_len=9, num_tokens=4096, is_biased=False, platform="cpu"
+    )
+    return backward_choice.plan(backward, num_backward_hashes, bucket_bits, **(defaults | options))
+
+
+def test_defaults():
+    assert plan() == backward_choice.BackwardPlan("bucketed", 8, 6)
+    assert plan(num_hashes=4, num_tokens=2**20).num_hashes == 4
+    bits = {n: plan(num_tokens=n).bucket_bits for n in (128, 255, 256, 16384, 2**16, 2**20)}
+    assert bits == {128: 1, 255: 1, 256: 2, 16384: 8, 2**16: 9, 2**20: 9}
+    # One bucket holds all pairs, whatever the hash.
+    assert plan(num_tokens=127).kind == "expectation"
+    assert plan(bucket_bits=0).kind == "expectation"
+    assert plan(num_backward_hashes=3, bucket_bits=1) == backward_choice.BackwardPlan(
+        "bucketed", 3, 1
+    )
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_the_choice_left_open(platform):
+    assert plan(None, num_tokens=512, platform=platform).kind == "expectation"
+    assert plan(None, num_tokens=16384, platform=platform).kind == "bucketed"
+    assert plan(None, num_tokens=16384, platform=platform, is_biased=True).kind == "sampled"
+
+
+def test_the_choice_left_open_is_taken():
+    args = inputs()
+    assert_close(
+        jax.jit(grad(backward=None, bucket_bits=None))(*args),
+        jax.jit(grad(backward="expectation"))(*args),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(num_backward_hashes=0), r"num_backward_hashes, .* must be in 1\.\.5 .* got 0"),
+        (dict(num_backward_hashes=6), r"num_backward_hashes, .* must be in 1\.\.5 .* got 6"),
+        (dict(num_backward_hashes=2.0), r"num_backward_hashes, .* got 2\.0"),
+        (dict(num_hashes=None, num_backward_hashes=0), "num_backward_hashes, .* at least 1"),
+        (dict(bucket_bits=-1), r"bucket_bits, .* must be in 0\.\.4 .* got -1"),
+        (dict(bucket_bits=5), r"bucket_bits, .* must be in 0\.\.4 .* got 5"),
+        (dict(hash_fn="fast", bit_layout="block"), "'bucketed' needs .* bit_layout must be 'spr"),
+        (dict(backward="buckets"), "backward must be 'sampled', 'expectation', 'bucketed' or None"),
+    ],
+)
+def test_refuses(unchecked_shapes, change, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*inputs(), **change)
+
+
+def test_hashes_whose_layout_does_not_matter_are_taken():
+    attention(*inputs(), hash_fn="gaussian", bit_layout="block")
+    attention(*inputs(), hash_fn="fast", bit_layout="block", backward=None, bucket_bits=None)

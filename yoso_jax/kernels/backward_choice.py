@@ -1,0 +1,86 @@
+"""Which gradients of query and key a sampled forward pass has, and from how many hashes.
+
+What the caller leaves open depends on shapes and the device only, never on data.
+"""
+
+import dataclasses
+from typing import Literal
+
+type Backward = Literal["sampled", "expectation", "bucketed"]
+
+BACKWARDS = ("sampled", "expectation", "bucketed")
+
+# Tokens a bucket should have at least, on average: a tile of matrix products.
+_BUCKET_TOKENS = 64
+_MOST_HASHES = 8
+
+# From which max(T, S) on "bucketed" takes less time than "expectation", by platform.
+# cpu: TODO
+# Others are not measured yet.
+_BUCKETED_FROM = {"cpu": 4096}
+_BUCKETED_FROM_ELSEWHERE = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardPlan:
+    """What a backward pass does, with nothing left open.
+
+    Attributes:
+      kind: which gradients.
+      num_hashes: hashes whose buckets are used, if it is "bucketed".
+      bucket_bits: bits of a bucket, if it is "bucketed"; then at least 1.
+    """
+
+    kind: Backward
+    num_hashes: int
+    bucket_bits: int
+
+
+def plan(
+    backward: Backward | None,
+    num_backward_hashes: int | None,
+    bucket_bits: int | None,
+    *,
+    num_hashes: int,
+    hash_code_len: int,
+    num_tokens: int,
+    is_biased: bool,
+    platform: str,
+) -> BackwardPlan:
+    """Fills in what is None.
+
+    Args:
+      backward: the kind; None for the fastest.
+      num_backward_hashes: None for all hashes, or 8 of them.
+      bucket_bits: None for buckets of 64 to 127 tokens, where they are even.
+      num_hashes: hashes of the forward pass.
+      hash_code_len: bits of a hash.
+      num_tokens: the number of queries or of keys, whichever is larger.
+      is_biased: whether the bits of a hash depend on each other.
+      platform: of the device.
+
+    Raises:
+      ValueError: "bucketed" is asked for although the hashes are biased.
+    """
+    if backward is None:
+        backward = _choose(num_tokens, is_biased, platform)
+    elif backward == "bucketed" and is_biased:
+        raise ValueError(
+            "backward='bucketed' needs hashes whose bits are independent: bit_layout must be "
+            "'spread' with hash_fn='fast', got 'block'."
+        )
+    if num_backward_hashes is None:
+        num_backward_hashes = min(num_hashes, _MOST_HASHES)
+    if bucket_bits is None:
+        filled = (num_tokens // _BUCKET_TOKENS).bit_length() - 1
+        bucket_bits = max(0, min(filled, hash_code_len))
+    if backward == "bucketed" and bucket_bits == 0:
+        backward = "expectation"  # there is one bucket, whatever the hash
+    return BackwardPlan(backward, num_backward_hashes, bucket_bits)
+
+
+def _choose(num_tokens: int, is_biased: bool, platform: str) -> Backward:
+    if is_biased:
+        return "sampled"  # as published, like the hashes
+    start = _BUCKETED_FROM.get(platform, _BUCKETED_FROM_ELSEWHERE)
+    return "bucketed" if num_tokens >= start else "expectation"

@@ -1,0 +1,261 @@
+"""Gradients of query and key from the pairs of tokens that share a bucket, in plain JAX.
+
+In linear time where buckets are about even, and in linear memory always, for every backend. The
+result is that of `reference.bucketed_weights`; docs/gradients.md derives it.
+
+For each hash, the tokens of a head are sorted by bucket. In a bucket every tile of queries meets
+every tile of keys, in dense matrix products. The pairs of tiles of all heads and buckets are one
+list, of which a loop takes a chunk at a time. The list is never written down: which pair has a
+number is found by a search in the running count of pairs over the buckets.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from yoso_jax.kernels import blocked, collisions
+
+# Tokens a side of a tile: the larger, the more of a tile is beyond the end of its bucket.
+_TILE = 64
+# Pairs of tiles a chunk has: what a CPU's cache holds, and what keeps an accelerator busy.
+_CHUNK_CPU, _CHUNK = 64, 1024
+# So many pairs of tiles can be numbered.
+_MOST_PAIRS = 2**30
+
+
+def bucketed_gradients(
+    query_codes: Int[Array, "*batch T m"],
+    key_codes: Int[Array, "*batch S m"],
+    query: Float[Array, "*batch T H"],
+    key: Float[Array, "*batch S H"],
+    value: Float[Array, "*batch S D"],
+    grad_out: Float[Array, "*batch T D"],
+    query_mask: Bool[Array, "*batch T"] | None,
+    key_mask: Bool[Array, "*batch S"] | None,
+    *,
+    hash_code_len: int,
+    bucket_bits: int,
+) -> tuple[Float[Array, "*batch T H"], Float[Array, "*batch S H"]]:
+    """Gradients of unit query and unit key, estimated from m hashes.
+
+    Args:
+      query_codes: codes of at least `bucket_bits` bits, of which the lowest name the bucket.
+      key_codes: the same of the keys.
+      query: unit vectors.
+      key: unit vectors.
+      value: rows to attend to.
+      grad_out: the cotangent of the sums of values.
+      query_mask: True for the queries that attend. The rows of others, whatever stands there, are
+        not read, and their gradients are zero.
+      key_mask: the same of the keys.
+      hash_code_len: bits of the hash whose collision probability weighs the values.
+      bucket_bits: bits of a bucket, 0 to `hash_code_len`.
+
+    Returns:
+      The gradients, float32 or float64 as `query`.
+    """
+    gradients = functools.partial(_gradients, hash_code_len=hash_code_len, bucket_bits=bucket_bits)
+    # More heads, for `vmap`: a loop with a length for each of them would copy all it sums into, in
+    # every step, for those that have ended.
+    gradients = jax.custom_batching.custom_vmap(gradients)
+
+    @gradients.def_vmap
+    def _(axis_size: int, is_batched: Any, *args: Any) -> tuple:
+        args = jax.tree.map(
+            lambda x, batched: x if batched else jnp.broadcast_to(x, (axis_size, *x.shape)),
+            args,
+            tuple(is_batched),
+        )
+        options = dict(hash_code_len=hash_code_len, bucket_bits=bucket_bits)
+        return bucketed_gradients(*args, **options), (True, True)
+
+    return gradients(query_codes, key_codes, query, key, value, grad_out, query_mask, key_mask)
+
+
+def _gradients(
+    query_codes: Array,
+    key_codes: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    grad_out: Array,
+    query_mask: Array | None,
+    key_mask: Array | None,
+    *,
+    hash_code_len: int,
+    bucket_bits: int,
+) -> tuple[Array, Array]:
+    """`bucketed_gradients`, its leading dimensions together as heads."""
+    num_buckets, num_hashes = 2**bucket_bits, query_codes.shape[-1]
+
+    def by_hash(codes: Array, mask: Array | None) -> Array:
+        """The buckets `[m, heads, tokens]`; masked tokens are in one that does not exist."""
+        codes = codes & (num_buckets - 1)
+        if mask is not None:
+            codes = jnp.where(mask[..., None], codes, num_buckets)
+        return jnp.moveaxis(codes.reshape(-1, *codes.shape[-2:]), -1, 0)
+
+    def sum_hashes(codes: tuple[Array, Array], rows: tuple[Array, ...], *, chunk: int) -> Any:
+        query, key, value, grad_out = rows
+        heads, num_queries = codes[0].shape[1:]
+        num_keys = codes[1].shape[2]
+        tile, most_pairs = _tile_size(heads, num_queries, num_keys, num_buckets)
+        power = hash_code_len - bucket_bits
+        sum_pairs = functools.partial(
+            _sum_pairs, power=power, tile=tile, chunk=min(chunk, most_pairs)
+        )
+
+        def add_hash(sums: tuple[Array, Array], codes: tuple[Array, Array]) -> tuple[Any, None]:
+            queries = _sort(codes[0], (query, grad_out), num_buckets=num_buckets, tile=tile)
+            keys = _sort(codes[1], (key, value), num_buckets=num_buckets, tile=tile)
+            grad_query, grad_key = sum_pairs(queries, keys)
+            return (
+                _add_in_order(sums[0], queries.order, grad_query),
+                _add_in_order(sums[1], keys.order, grad_key),
+            ), None
+
+        start = (
+            blocked.zeros(query.shape, query.dtype, codes, rows),
+            blocked.zeros(key.shape, key.dtype, codes, rows),
+        )
+        return lax.scan(add_hash, start, codes)[0]
+
+    sums = lax.platform_dependent(
+        (by_hash(query_codes, query_mask), by_hash(key_codes, key_mask)),
+        tuple(x.reshape(-1, x.shape[-1]) for x in (query, key, value, grad_out)),
+        cpu=functools.partial(sum_hashes, chunk=_CHUNK_CPU),
+        default=functools.partial(sum_hashes, chunk=_CHUNK),
+    )
+    scale = hash_code_len / 2 / num_hashes
+    return scale * sums[0].reshape(query.shape), scale * sums[1].reshape(key.shape)
+
+
+def _tile_size(heads: int, num_queries: int, num_keys: int, num_buckets: int) -> tuple[int, int]:
+    """Tokens a side of a tile, and the most pairs of tiles that there can be."""
+    tile, longest = _TILE, max(num_queries, num_keys)
+    while True:
+        # With ceil(x) ceil(y) <= x y + x + y + 1 in every bucket that has queries and keys.
+        tiles = (num_queries // tile + 1) * (num_keys // tile + 1)
+        most_pairs = heads * (tiles + min(num_queries, num_keys, num_buckets))
+        if most_pairs <= _MOST_PAIRS or tile >= longest:
+            return tile, most_pairs
+        tile *= 2
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sorted:
+    """The queries or the keys of all heads by bucket, for one hash.
+
+    Attributes:
+      order: `[rows]`, the token of each row.
+      counts: `[buckets]`, tokens in each bucket of each head.
+      starts: `[buckets]`, the first row of each.
+      arrays: `[rows + tile, features]`, what tokens have, zeros for masked ones and at the end.
+    """
+
+    order: Array
+    counts: Array
+    starts: Array
+    arrays: tuple[Array, ...]
+
+
+def _sort(
+    codes: Int[Array, "heads tokens"],
+    arrays: tuple[Float[Array, "rows _"], ...],
+    *,
+    num_buckets: int,
+    tile: int,
+) -> _Sorted:
+    heads, tokens = codes.shape
+    first = tokens * jnp.arange(heads, dtype=jnp.int32)[:, None]
+    order = jnp.argsort(codes, axis=-1).astype(jnp.int32)
+    by_bucket = jnp.take_along_axis(codes, order, axis=-1)
+    buckets = jnp.arange(num_buckets + 1, dtype=codes.dtype)
+    edges = jax.vmap(lambda codes: jnp.searchsorted(codes, buckets))(by_bucket).astype(jnp.int32)
+    rows = jnp.arange(heads * tokens, dtype=jnp.int32)
+    order = (order + first).reshape(-1)
+    # Masked tokens get rows beyond the end, where nothing is written: tiles reach behind buckets,
+    # and zero times NaN is NaN.
+    target = jnp.where(by_bucket.reshape(-1) < num_buckets, rows, rows + len(rows) + tile)
+    target = jnp.zeros_like(rows).at[order].set(target, unique_indices=True)
+
+    def sort(x: Array) -> Array:
+        empty = jnp.zeros((len(rows) + tile, x.shape[1]), x.dtype)
+        return empty.at[target].set(x, mode="drop", unique_indices=True)
+
+    return _Sorted(
+        order=order,
+        counts=jnp.diff(edges).reshape(-1),
+        starts=(edges[:, :-1] + first).reshape(-1),
+        arrays=tuple(map(sort, arrays)),
+    )
+
+
+def _add_in_order(sums: Array, order: Array, part: Array) -> Array:
+    return sums.at[order].add(part[: len(order)], unique_indices=True)
+
+
+def _sum_pairs(
+    queries: _Sorted, keys: _Sorted, *, power: int, tile: int, chunk: int
+) -> tuple[Array, Array]:
+    """`W k` and `W^T q` of one hash, up to constants, for sorted rows."""
+    query_tiles, key_tiles = -(-queries.counts // tile), -(-keys.counts // tile)
+    pairs = query_tiles * key_tiles
+    ends = jnp.cumsum(pairs, dtype=jnp.int32)
+
+    def find(side: _Sorted, bucket: Array, tile_number: Array, is_pair: Array) -> tuple:
+        """The first rows of tiles, and which of their rows are in the bucket."""
+        skipped = tile * tile_number
+        in_bucket = jnp.arange(tile) < (side.counts[bucket] - skipped)[:, None]
+        return jnp.where(is_pair, side.starts[bucket] + skipped, 0), in_bucket & is_pair[:, None]
+
+    def add_chunk(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        done, grad_query, grad_key = carry
+        number = done + jnp.arange(chunk, dtype=jnp.int32)
+        is_pair = number < ends[-1]
+        bucket = jnp.searchsorted(ends, number, side="right").astype(jnp.int32)
+        bucket = jnp.minimum(bucket, len(ends) - 1)
+        within = number - ends[bucket] + pairs[bucket]
+        query_tile, key_tile = jnp.divmod(within, jnp.maximum(key_tiles[bucket], 1))
+        query_rows, is_query = find(queries, bucket, query_tile, is_pair)
+        key_rows, is_key = find(keys, bucket, key_tile, is_pair)
+        query, grad_out = (_windows(x, query_rows, tile) for x in queries.arrays)
+        key, value = (_windows(x, key_rows, tile) for x in keys.arrays)
+        cosine = blocked.matmul("pth,psh->pts", query, key)
+        weights = collisions.collision_probability(cosine, power)
+        weights *= blocked.matmul("ptd,psd->pts", grad_out, value)
+        # The rows behind a bucket's last are another bucket's.
+        weights = jnp.where(is_query[:, :, None] & is_key[:, None, :], weights, 0)
+        grad_query = _add_windows(
+            grad_query, query_rows, blocked.matmul("pts,psh->pth", weights, key)
+        )
+        grad_key = _add_windows(grad_key, key_rows, blocked.matmul("pts,pth->psh", weights, query))
+        return done + chunk, grad_query, grad_key
+
+    inputs = ends, queries.arrays, keys.arrays
+    query, key = queries.arrays[0], keys.arrays[0]
+    start = (
+        blocked.zeros((), jnp.int32, inputs),
+        blocked.zeros(query.shape, query.dtype, inputs),
+        blocked.zeros(key.shape, key.dtype, inputs),
+    )
+    return lax.while_loop(lambda carry: carry[0] < ends[-1], add_chunk, start)[1:]
+
+
+def _windows(x: Array, starts: Array, size: int) -> Array:
+    """`[rows, features], [p] -> [p, size, features]`, the rows from each start."""
+    return jax.vmap(lambda start: lax.dynamic_slice_in_dim(x, start, size))(starts)
+
+
+def _add_windows(x: Array, starts: Array, windows: Array) -> Array:
+    """`x` with windows, which may overlap, added to its rows from each start."""
+    dimensions = lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(0,)
+    )
+    mode = lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    return lax.scatter_add(x, starts[:, None], windows, dimensions, mode=mode)
