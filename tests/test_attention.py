@@ -370,7 +370,11 @@ Q = jnp.ones((2, 4, 3, 8))
         (dict(hash_code_len=9.0), ValueError, r"hash_code_len must be in 1\.\.16 .* got 9\.0"),
         (dict(hash_fn="md5"), ValueError, "hash_fn must be 'gaussian' or 'fast', got 'md5'"),
         (dict(bit_layout="x"), ValueError, "bit_layout must be 'spread' or 'block'"),
-        (dict(backward="x"), ValueError, "backward must be 'sampled', 'expectation', 'bucketed' or"),
+        (
+            dict(backward="x"),
+            ValueError,
+            "backward must be 'sampled', 'expectation', 'bucketed' or",
+        ),
         (
             dict(implementation="x"),
             ValueError,
@@ -401,7 +405,11 @@ PROJECTION = jnp.ones((2, 3, 8, 10))
     [
         (dict(query=Q[0]), ValueError, r"query must have 4 dimensions \[B, T, N, H\]"),
         (dict(hash_code_len=0), ValueError, r"hash_code_len must be in 1\.\.16"),
-        (dict(backward="x"), ValueError, "backward must be 'sampled', 'expectation', 'bucketed' or"),
+        (
+            dict(backward="x"),
+            ValueError,
+            "backward must be 'sampled', 'expectation', 'bucketed' or",
+        ),
         (dict(projection=PROJECTION[..., :9]), ValueError, r"N=3, H=8, num_hashes \* 5\], got"),
         (dict(projection=PROJECTION[:1]), ValueError, r"projection must be .* of shape \[B=2, N"),
         (dict(projection=PROJECTION > 0), ValueError, "projection must be floating point"),

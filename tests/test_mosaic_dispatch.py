@@ -192,8 +192,13 @@ def on_any_machine(monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(backward="sampled"), dict(backward="expectation"), dict(num_hashes=None)],
-    ids=["sampled", "sampled-E", "expectation"],
+    [
+        dict(backward="sampled"),
+        dict(backward="expectation"),
+        dict(backward="bucketed", bucket_bits=2),
+        dict(num_hashes=None),
+    ],
+    ids=["sampled", "sampled-E", "bucketed", "expectation"],
 )
 def test_lowers_for_cuda_under_transformations(on_any_machine, options):
     *args, _ = inputs((1, 64, 2, 16))
@@ -335,12 +340,17 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
 
 @pytest.mark.parametrize(
     ("dtype", "backward"),
-    [(jnp.float32, "sampled"), (jnp.bfloat16, "expectation"), (jnp.float16, "sampled")],
+    [
+        (jnp.float32, "sampled"),
+        (jnp.bfloat16, "expectation"),
+        (jnp.float16, "sampled"),
+        (jnp.bfloat16, "bucketed"),
+    ],
 )
 def test_equals_xla(in_numpy, backward, dtype):
     *args, cotangent = inputs((2, 19, 2, 16), num_keys=13, value_dim=5, dtype=dtype)
     tolerance = TOLERANCE[cotangent.dtype.name]
-    assert_agrees_with_xla(args, cotangent, tolerance, backward=backward)
+    assert_agrees_with_xla(args, cotangent, tolerance, backward=backward, bucket_bits=2)
 
 
 def test_equals_xla_unnormalised(in_numpy):
