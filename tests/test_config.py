@@ -72,6 +72,9 @@ def test_own_fields_survive_a_round_trip() -> None:
     config = YosoConfig(
         attention="softmax",
         bit_layout="block",
+        attention_backward="auto",
+        num_backward_hashes=4,
+        bucket_bits=0,
         hf_mask_compat=True,
         scan_layers=True,
         remat=True,
@@ -122,6 +125,9 @@ def test_names_of_classes_win_over_their_number_in_a_file() -> None:
         ("num_hidden_layers", True, "an integer >= 1"),
         ("num_attention_heads", 2.0, "an integer >= 1"),
         ("hash_code_len", 17, "an integer in 1..16"),
+        ("num_backward_hashes", 0, "an integer >= 1 or None"),
+        ("bucket_bits", 10, "an integer in 0..9 or None"),
+        ("attention_backward", "buckets", "one of None, 'auto', 'sampled', "),
         ("conv_window", 8, "an odd integer >= 1 or None"),
         ("conv_window", -1, "an integer >= 1 or None"),
         ("hidden_act", "gelu_gelu", "one of 'gelu', "),
@@ -169,6 +175,8 @@ def test_refuses_contradictions() -> None:
     accepted = "attention_implementation must be one of None, 'xla', 'cudnn', got 'mosaic_gpu'"
     with pytest.raises(ValueError, match=accepted):
         YosoConfig(attention="softmax", attention_implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="bit_layout must be 'spread' where attention_backward is"):
+        YosoConfig(attention_backward="bucketed", bit_layout="block")
     with pytest.raises(TypeError, match="hiden_size"):
         YosoConfig(hiden_size=3)  # type: ignore[call-arg]
 
@@ -199,3 +207,11 @@ def test_only_yoso_samples() -> None:
     assert sampled.is_sampled
     assert not sampled.replace(attention="softmax").is_sampled
     assert not EncoderConfig().is_sampled
+
+
+def test_the_backward_pass_is_what_the_own_field_or_that_of_transformers_says() -> None:
+    assert YosoConfig().backward == "sampled"
+    assert YosoConfig(lsh_backward=False).backward == "expectation"
+    assert YosoConfig(lsh_backward=False, attention_backward="bucketed").backward == "bucketed"
+    assert YosoConfig(attention_backward="auto").backward is None
+    YosoConfig(attention_backward="bucketed", bit_layout="block", use_fast_hash=False)

@@ -161,6 +161,12 @@ def test_each_layer_draws_its_own_hashes() -> None:
         ({"use_fast_hash": False, "bit_layout": "block"}, {"hash_fn": "gaussian"}),
         ({"lsh_backward": False}, {"backward": "expectation", "implementation": None}),
         ({"attention_implementation": "xla", "bit_layout": "block"}, {"implementation": "xla"}),
+        ({"attention_backward": "auto"}, {"backward": None, "num_backward_hashes": None}),
+        (
+            {"attention_backward": "bucketed", "num_backward_hashes": 9, "bucket_bits": 2}
+            | {"num_hash": 7},
+            {"backward": "bucketed", "num_backward_hashes": 7, "bucket_bits": 2},
+        ),
     ],
 )
 def test_the_configuration_reaches_the_op(

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 from flax.core import FrozenDict
 
 from yoso_jax.activations import ACTIVATIONS
+from yoso_jax.kernels.backward_choice import BACKWARDS, Backward
 from yoso_jax.kernels.dispatch import implementations
 from yoso_jax.validation import Validated
 
@@ -71,11 +72,19 @@ class EncoderConfig(Validated):
     # This project's own, unknown to transformers.
     attention: Literal["yoso", "softmax"] = "yoso"
     """What attends: YOSO, or softmax as the baseline to compare it with. With "softmax",
-    `use_expectation`, `hash_code_len`, `num_hash`, `use_fast_hash`, `lsh_backward` and `bit_layout`
-    do nothing; `conv_window` adds the same convolution. Parameters fit either, and transformers,
-    which does not read this field, attends by YOSO."""
+    `use_expectation`, `hash_code_len`, `num_hash`, `use_fast_hash`, `bit_layout` and what is about
+    the backward pass do nothing; `conv_window` adds the same convolution. Parameters fit either,
+    and transformers, which does not read this field, attends by YOSO."""
     bit_layout: Literal["spread", "block"] = "spread"
     """Which projections make up a fast hash; "block" is the published, biased layout."""
+    attention_backward: Literal["auto", "sampled", "expectation", "bucketed"] | None = None
+    """`backward` of `yoso_attention` when sampling; None for what `lsh_backward` says, "auto" for
+    what is fastest. "bucketed" needs unbiased hashes, so no fast ones of layout "block"."""
+    num_backward_hashes: int | None = None
+    """Hashes that "bucketed" uses, >= 1 and at most `num_hash` of them; None for up to 8."""
+    bucket_bits: int | None = None
+    """Bits of a hash that "bucketed" compares, 0..`hash_code_len`; None for what the length of the
+    sequence asks for."""
     hf_mask_compat: bool = False
     """Let the attention mask act on the convolution only, as transformers 5.24 does by mistake."""
     scan_layers: bool = False
@@ -113,6 +122,12 @@ class EncoderConfig(Validated):
             self._check_bool(name)
         self._check_choice("hidden_act", ACTIVATIONS)
         self._check_choice("bit_layout", ("spread", "block"))
+        self._check_choice("attention_backward", (None, "auto", *BACKWARDS))
+        self._check_integer("num_backward_hashes", optional=True)
+        self._check_integer("bucket_bits", minimum=0, maximum=self.hash_code_len, optional=True)
+        biased = self.use_fast_hash and self.bit_layout == "block"
+        if self.attention_backward == "bucketed" and biased:
+            self._fail("bit_layout", "'spread' where attention_backward is 'bucketed'")
         self._check_choice("attention", ("yoso", "softmax"))
         accepted = implementations() if self.attention == "yoso" else ("xla", "cudnn")
         self._check_choice("attention_implementation", (None, *accepted))
@@ -128,6 +143,13 @@ class EncoderConfig(Validated):
     def head_dim(self) -> int:
         """Width of an attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def backward(self) -> Backward | None:
+        """`backward` of `yoso_attention`."""
+        if self.attention_backward is None:
+            return "sampled" if self.lsh_backward else "expectation"
+        return None if self.attention_backward == "auto" else self.attention_backward
 
     @property
     def is_sampled(self) -> bool:
@@ -369,6 +391,9 @@ _WRITTEN_IF_CHANGED = frozenset(
     {
         "attention",
         "bit_layout",
+        "attention_backward",
+        "num_backward_hashes",
+        "bucket_bits",
         "hf_mask_compat",
         "scan_layers",
         "remat",

@@ -39,6 +39,9 @@ class ModelOptions:
     num_hash: int | None = None
     use_fast_hash: bool | None = None
     lsh_backward: bool | None = None
+    attention_backward: Literal["auto", "sampled", "expectation", "bucketed"] | None = None
+    num_backward_hashes: int | None = None
+    bucket_bits: int | None = None
     conv_window: int | None = None
     remat: bool | None = None
     attention_implementation: str | None = None

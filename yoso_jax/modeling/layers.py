@@ -146,6 +146,9 @@ class SelfAttention(nnx.Module):
         if config.attention == "softmax":
             context = _softmax_attention(config, query, key, value, attention_mask)
         else:
+            num_backward_hashes = config.num_backward_hashes
+            if num_backward_hashes is not None:
+                num_backward_hashes = min(num_backward_hashes, config.num_hash)
             context = yoso_attention(
                 query,
                 key,
@@ -156,7 +159,9 @@ class SelfAttention(nnx.Module):
                 hash_code_len=config.hash_code_len,
                 hash_fn="fast" if config.use_fast_hash else "gaussian",
                 bit_layout=config.bit_layout,
-                backward="sampled" if config.lsh_backward else "expectation",
+                backward=config.backward,
+                num_backward_hashes=num_backward_hashes,
+                bucket_bits=config.bucket_bits,
                 implementation=config.attention_implementation,
             )
         if self.conv is not None:
