@@ -6,7 +6,9 @@
     them, from a projection drawn beforehand (`yoso_jax.attention.sampled_attention`);
   - `mosaic_gpu_op` and `xla_op`: `yoso_attention` as users call it, which also draws the projection
     and normalises the result;
-  - `xla_expectation`: `yoso_attention(num_hashes=None)`.
+  - `mosaic_gpu_mixed`, `mosaic_gpu_bucketed`, `xla_mixed` and `xla_bucketed`: as `mosaic_gpu` and
+    `xla`, but with `backward="expectation"` or `backward="bucketed"` for `--backward`;
+  - `mosaic_gpu_expectation` and `xla_expectation`: `yoso_attention(num_hashes=None)`.
 
   `speed_device` and `speed_wall` are the times of `cudnn` at the same n divided by the row's.
 - `hash`: the codes of one of queries and keys. `flops` counts the matrix product, `bytes` inputs

@@ -16,6 +16,7 @@ from yoso_jax.benchmarking.base import Benchmark, Case
 from yoso_jax.benchmarking.report import Row
 from yoso_jax.errors import ConfigError
 from yoso_jax.hashing import sample_projection
+from yoso_jax.kernels.backward_choice import Backward
 from yoso_jax.kernels.codes import hash_codes
 from yoso_jax.kernels.mosaic_gpu import hopper
 from yoso_jax.kernels.mosaic_gpu.hashing import hash_tokens
@@ -85,15 +86,18 @@ class Attention(HeadsBenchmark):
             "mosaic_gpu",
             "mosaic_gpu_op",
             "mosaic_gpu_mixed",
+            "mosaic_gpu_bucketed",
             "mosaic_gpu_expectation",
             "xla",
             "xla_op",
             "xla_mixed",
+            "xla_bucketed",
             "xla_expectation",
         ],
         ...,
     ] = ("cudnn", "mosaic_gpu", "mosaic_gpu_op", "xla", "xla_expectation")
-    """What to time; `mixed` is sampled with the gradients of the expectation."""
+    """What to time; `mixed` is sampled with the gradients of the expectation, `bucketed` with those
+    of buckets."""
     backward: bool = False
     """Time forward and backward pass together."""
     mask_fraction: float = 0.0
@@ -175,7 +179,7 @@ class Attention(HeadsBenchmark):
                     mask,
                     mask,
                     hash_code_len=self.hash_code_len,
-                    backward="expectation" if name.endswith("_mixed") else "sampled",
+                    backward=_backward(name),
                     implementation=implementation,
                 )
 
@@ -197,6 +201,12 @@ def _with_gradients(attend: Callable[..., Array]) -> Callable[..., Any]:
         return out, pullback(cotangent)
 
     return run
+
+
+def _backward(name: str) -> Backward:
+    if name.endswith("_bucketed"):
+        return "bucketed"
+    return "expectation" if name.endswith("_mixed") else "sampled"
 
 
 def _compare(cudnn: Row, row: Row) -> Row:
