@@ -423,11 +423,15 @@ def test_defaults():
     )
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("platform", backward_choice.CROSSOVERS)
 def test_the_choice_left_open(platform):
     assert plan(None, num_tokens=512, platform=platform).kind == "expectation"
     assert plan(None, num_tokens=16384, platform=platform).kind == "bucketed"
     assert plan(None, num_tokens=16384, platform=platform, is_biased=True).kind == "sampled"
+    # Few hashes take less time.
+    start = backward_choice.CROSSOVERS[platform].num_tokens
+    assert plan(None, num_tokens=start - 1, platform=platform).kind == "expectation"
+    assert plan(None, num_tokens=start // 2, num_hashes=4, platform=platform).kind == "bucketed"
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,32 @@ BACKWARDS = ("sampled", "expectation", "bucketed")
 _BUCKET_TOKENS = 64
 _MOST_HASHES = 8
 
-# From which max(T, S) on "bucketed" takes less time than "expectation", by platform.
-# cpu: TODO
-# Others are not measured yet.
-_BUCKETED_FROM = {"cpu": 4096}
-_BUCKETED_FROM_ELSEWHERE = 4096
+
+@dataclasses.dataclass(frozen=True)
+class Crossover:
+    """Where the buckets of 8 hashes begin to take clearly less time than the expectation.
+
+    Attributes:
+      num_tokens: the larger of the numbers of queries and of keys from which on they do.
+      provenance: how that is known.
+    """
+
+    num_tokens: int
+    provenance: str
+
+
+# By JAX's name of the platform.
+CROSSOVERS = {
+    "cpu": Crossover(
+        3072,
+        "2 cores of an AMD EPYC, jax 0.11.2, H = 64, forward and backward pass: the expectation's "
+        "time is 1.1 times the buckets' at 2,048, 1.25 at 3,072, 1.8 at 4,096, 5 at 16,384 "
+        "(benchmarks/results/backward_cpu.json); 'sampled' is never clearly the fastest",
+    ),
+    # Not measured: to be replaced when they are.
+    "gpu": Crossover(4096, "a cautious guess"),
+    "tpu": Crossover(4096, "a cautious guess"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +83,15 @@ def plan(
     Raises:
       ValueError: "bucketed" is asked for although the hashes are biased.
     """
+    if num_backward_hashes is None:
+        num_backward_hashes = min(num_hashes, _MOST_HASHES)
     if backward is None:
-        backward = _choose(num_tokens, is_biased, platform)
+        backward = _choose(num_tokens, num_backward_hashes, is_biased, platform)
     elif backward == "bucketed" and is_biased:
         raise ValueError(
             "backward='bucketed' needs hashes whose bits are independent: bit_layout must be "
             "'spread' with hash_fn='fast', got 'block'."
         )
-    if num_backward_hashes is None:
-        num_backward_hashes = min(num_hashes, _MOST_HASHES)
     if bucket_bits is None:
         filled = (num_tokens // _BUCKET_TOKENS).bit_length() - 1
         bucket_bits = max(0, min(filled, hash_code_len))
@@ -79,8 +100,10 @@ def plan(
     return BackwardPlan(backward, num_backward_hashes, bucket_bits)
 
 
-def _choose(num_tokens: int, is_biased: bool, platform: str) -> Backward:
+def _choose(num_tokens: int, num_backward_hashes: int, is_biased: bool, platform: str) -> Backward:
     if is_biased:
         return "sampled"  # as published, like the hashes
-    start = _BUCKETED_FROM.get(platform, _BUCKETED_FROM_ELSEWHERE)
+    crossover = CROSSOVERS.get(platform, CROSSOVERS["gpu"])
+    # Buckets take time in proportion to hashes and tokens, the expectation to tokens squared.
+    start = crossover.num_tokens * num_backward_hashes / _MOST_HASHES
     return "bucketed" if num_tokens >= start else "expectation"
