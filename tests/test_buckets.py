@@ -121,15 +121,15 @@ def test_pairs_are_counted_at_their_most():
 
 def test_crowded_buckets(float64):
     """All tokens the same, and queries and keys without a common bucket."""
-    query_codes, key_codes, *args = draw(3, 150, 140)
+    query_codes, key_codes, *args = draw(2, 130, 77)
     query_codes, key_codes = np.full_like(query_codes, 3), np.full_like(key_codes, 3)
-    key_codes[1, :70] = 5
-    query_codes[2] = 4
+    key_codes[0, :7] = 5
+    query_codes[1] = 4
     args = [query_codes, key_codes, *(np.broadcast_to(x[:, :1], x.shape) for x in args)]
-    results, expected = (f(args, bucket_bits=3) for f in (gradients, naive))
+    results, expected = (f(args, bucket_bits=2) for f in (gradients, naive))
     # The arccosine is steep where the cosine is 1.
     assert_equal(results, expected, 1e-7)
-    assert not any(np.any(x[2]) for x in results)
+    assert not any(np.any(x[1]) for x in results)
 
 
 def test_no_bits_is_the_expectation(float64):
@@ -141,7 +141,7 @@ def test_no_bits_is_the_expectation(float64):
 
 
 def test_all_bits_is_the_weighted_cumulation(float64):
-    query_codes, key_codes, query, key, value, grad_out = map(jnp.asarray, draw(2, 90, 80))
+    query_codes, key_codes, query, key, value, grad_out = map(jnp.asarray, draw(2, 130, 77))
     weighted = functools.partial(collisions.lsh_weighted_cumulation, hash_code_len=T)
     expected = (
         T / 2 * weighted(query_codes, key_codes, grad_out, value, key),
@@ -171,18 +171,19 @@ def test_masked_tokens_do_not_matter(float64):
 @pytest.mark.parametrize("hash_fn", ["gaussian", "fast"])
 def test_is_unbiased(hash_fn):
     """The mean over hashes comes as close to the expectation as its spread says, entry by entry."""
-    draws, code_len, bits = 1000, 7, 3
+    draws, code_len, bits = 600, 7, 3
     args = [jnp.asarray(x, jnp.float32) for x in draw(1, 24, 20, head_dim=16, spread=0.7)[2:]]
     exact = collisions.expectation_gradients(*args, hash_code_len=code_len, with_value=False)[:2]
 
-    def one(rng):
+    def draw_codes(rng):
         projection = sample_projection(
             rng, (1,), 16, num_hashes=2, hash_code_len=code_len, hash_fn=hash_fn
         )
-        codes = (hash_codes(x, projection, hash_code_len=code_len) for x in args[:2])
-        return bucketed(code_len, bits, *codes, *args, None, None)
+        return [hash_codes(x, projection, hash_code_len=code_len) for x in args[:2]]
 
-    samples = jax.jit(jax.vmap(one))(jax.random.split(RNG, draws))
+    codes = jax.jit(jax.vmap(draw_codes))(jax.random.split(RNG, draws))
+    args = [jnp.broadcast_to(x, (draws, *x.shape)) for x in args]
+    samples = bucketed(code_len, bits, *codes, *args, None, None)
     for sample, wanted in zip(samples, exact, strict=True):
         sample = np.asarray(sample, np.float64)
         z = (sample.mean(0) - wanted) / (sample.std(0) / np.sqrt(draws))
@@ -354,16 +355,10 @@ keys = jax.random.split(jax.random.key(0), 6)
 args = [jax.random.randint(key, (4, 2, 12, 3), 0, 16) for key in keys[:2]]
 args += [jax.random.normal(key, (4, 2, 12, 8)) / 3 for key in keys[2:]] + [None, None]
 
-f = functools.partial(bucketed_gradients, hash_code_len=4, bucket_bits=2)
-expected = jax.jit(f)(*args)
-spec = P("data", "model")
-sharded = jax.device_put(args, NamedSharding(mesh, spec))
-results = [jax.jit(f)(*sharded)]
-mapped = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-results.append(jax.jit(mapped)(*args))
-for result in results:
-    for a, b in zip(result, expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+f = jax.jit(functools.partial(bucketed_gradients, hash_code_len=4, bucket_bits=2))
+sharded = jax.device_put(args, NamedSharding(mesh, P("data", "model")))
+for a, b in zip(f(*sharded), f(*args), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
 
 def loss(*args):
     options = dict(num_hashes=5, hash_code_len=4, backward="bucketed", bucket_bits=2)
@@ -391,16 +386,14 @@ print("equal")
 
 
 def test_memory_is_linear():
-    """Also with all tokens in one bucket: what is planned does not depend on the data."""
-    options = dict(num_hashes=8, hash_code_len=9, bucket_bits=None, num_backward_hashes=None)
-    sizes = []
+    """For any data: what is planned does not depend on them."""
+    arrays = []  # in units of one of query, key, value and cotangent
     for tokens in (16384, 65536):
-        shapes = [jax.ShapeDtypeStruct((1, tokens, 2, 64), jnp.float32)] * 3
-        compiled = grad(**options).lower(*shapes).compile()
-        sizes.append(compiled.memory_analysis().temp_size_in_bytes)
-    assert sizes[1] < 4.2 * sizes[0]
-    # A few arrays of 64 numbers a token and head.
-    assert sizes[1] < 24 * 2 * 65536 * 64 * 4
+        codes = jax.ShapeDtypeStruct((2, tokens, 8), jnp.int32)
+        rows = jax.ShapeDtypeStruct((2, tokens, 64), jnp.float32)
+        compiled = bucketed.lower(9, 8, codes, codes, *[rows] * 4, None, None).compile()
+        arrays.append(compiled.memory_analysis().temp_size_in_bytes / (2 * tokens * 64 * 4))
+    assert arrays[1] < 1.05 * arrays[0] < 10
 
 
 def plan(backward="bucketed", num_backward_hashes=None, bucket_bits=None, **options):
