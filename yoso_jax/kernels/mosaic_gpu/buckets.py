@@ -37,6 +37,7 @@ from yoso_jax.kernels.mosaic_gpu.lane import (
 from yoso_jax.kernels.mosaic_gpu.sorting import TILE, Words
 from yoso_jax.kernels.mosaic_gpu.swizzling import tile_offset
 from yoso_jax.kernels.mosaic_gpu.tangents import add_tangents
+from yoso_jax.kernels.mosaic_gpu.varying import vary_like
 
 # Blocks that run at a time: one a multiprocessor.
 _BLOCKS = 132
@@ -557,6 +558,17 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
     )
 
 
+def is_supported(
+    query: Float[Array, "B T N H"], value: Float[Array, "B S N D"], bucket_bits: int
+) -> bool:
+    """Whether the kernels take these shapes and this dtype."""
+    layouts = [Words(x.shape[1], bucket_bits) for x in (query, value)]
+    if value.dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    plan = _plan(query, value.shape[-1], *layouts, num_hashes=1, exponent=0)
+    return plan.warpgroups > 0 and all(layout.is_supported for layout in layouts)
+
+
 def bucketed_gradients(
     query_codes: Int[Array, "B N T hashes"],
     key_codes: Int[Array, "B N S hashes"],
@@ -569,21 +581,24 @@ def bucketed_gradients(
     *,
     hash_code_len: int,
     bucket_bits: int,
+    dense: Callable[[], tuple[Array, Array]] | None = None,
     call: Call | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"]]:
-    """As `kernels.buckets.bucketed_gradients`, for `query` and `key` of any lengths.
+    """As `xla.bucketed_gradients`, in the dtype of `value`.
 
     Args:
       query_codes: of the hashes to use; their lowest `bucket_bits` bits are the buckets.
       key_codes: the same of the keys.
-      query: bfloat16 or float16; H is 1 to 128.
+      query: an array that `is_supported`.
       key: same dtype.
-      value: same dtype; D is 1 to 256.
-      query_mask: True for the queries that attend, or None.
+      value: same dtype.
+      query_mask: True for the queries that attend, or None. What is in other rows is not used.
       key_mask: True for the keys to attend to, or None.
       grad_out: gradient of the result, same dtype.
       hash_code_len: bits of a hash, 1 to 16.
       bucket_bits: 0 to `hash_code_len`.
+      dense: computes the gradients of the expectation, which are taken where buckets are so uneven
+        that they have as much work. Without it they are always those of the buckets.
       call: what runs the programs; the GPU by default.
     """
     if call is None:
@@ -592,24 +607,79 @@ def bucketed_gradients(
     queries = make_side(query_codes, query, grad_out, query_mask)
     keys = make_side(key_codes, key, value, key_mask)
     num_hashes = query_codes.shape[-1]
-    exponent = hash_code_len - bucket_bits
-    grads = []
-    for side, other, x, mask in (
-        (queries, keys, query, query_mask),
-        (keys, queries, key, key_mask),
-    ):
-        grad = add_tangents(
-            _bucket_sums(side, other, num_hashes, exponent, call),
-            side.tokens,
-            side.lengths,
-            mask,
-            # Weights have the sign of the scales.
-            factor=-hash_code_len / 2 / num_hashes,
-            heads_first=False,
-            call=call,
-        )
-        grads.append(grad[..., : x.shape[-1]])
-    return grads[0], grads[1]
+    arrays = query_codes, key_codes, query, key, value, query_mask, key_mask, grad_out
+    sides = (queries, keys, query, query_mask), (keys, queries, key, key_mask)
+    ranges = [
+        sorting.find_ranges(side.words, other.words, side.layout, other.layout, call=call)
+        for side, other, _, _ in sides
+    ]
+
+    def of_buckets() -> tuple[Array, Array]:
+        grads = []
+        for (side, other, x, mask), mine in zip(sides, ranges, strict=True):
+            layouts = side.layout, other.layout
+            plan = _plan(
+                side.tokens,
+                side.rows.shape[-1],
+                *layouts,
+                num_hashes=num_hashes,
+                exponent=hash_code_len - bucket_bits,
+            )
+            sums = _kernel(plan, np.dtype(x.dtype))(
+                side.tokens,
+                side.rows,
+                side.words,
+                side.lengths,
+                other.tokens,
+                other.rows,
+                other.words,
+                -1 / other.lengths,
+                mine,
+            )
+            grad = add_tangents(
+                sums,
+                side.tokens,
+                side.lengths,
+                mask,
+                # Weights have the sign of the scales.
+                factor=-hash_code_len / 2 / num_hashes,
+                heads_first=False,
+                call=call,
+            )
+            # Both branches of the choice below need the same types.
+            grads.append(vary_like(grad[..., : x.shape[-1]], *arrays))
+        return grads[0], grads[1]
+
+    if dense is None:
+        return of_buckets()
+    # A tile of one side's sums and a tile of both in `dense` take about the same time.
+    lengths = jnp.concatenate([(r[..., 1] - r[..., 0]).reshape(-1) for r in ranges])
+    pairs = jnp.sum(-(-lengths // TILE), dtype=jnp.float32)
+    heads = query.shape[0] * query.shape[2]
+    pairs = vary_like(pairs, *arrays)
+    return lax.cond(pairs > heads * queries.layout.tiles * keys.layout.tiles, dense, of_buckets)
+
+
+def _plan(
+    tokens: Array,
+    value_dim: int,
+    layout: Words,
+    other_layout: Words,
+    *,
+    num_hashes: int,
+    exponent: int,
+) -> Plan:
+    batch, _, heads, head_dim = tokens.shape
+    return Plan(
+        batch=batch,
+        heads=heads,
+        num_hashes=num_hashes,
+        head_dim=-(-head_dim // 16) * 16,
+        value_dim=-(-value_dim // 16) * 16,
+        exponent=exponent,
+        layout=layout,
+        other_layout=other_layout,
+    )
 
 
 def _make_side(
@@ -632,30 +702,3 @@ def _make_side(
 
 def _pad_columns(x: Array) -> Array:
     return jnp.pad(x, [(0, 0)] * 3 + [(0, -x.shape[-1] % 16)])
-
-
-def _bucket_sums(side: Side, other: Side, num_hashes: int, exponent: int, call: Call) -> Array:
-    """For each hash the sums of the other side's tokens, `[hashes, B, T, N, padded H]`."""
-    batch, _, heads, head_dim = side.tokens.shape
-    plan = Plan(
-        batch=batch,
-        heads=heads,
-        num_hashes=num_hashes,
-        head_dim=head_dim,
-        value_dim=side.rows.shape[-1],
-        exponent=exponent,
-        layout=side.layout,
-        other_layout=other.layout,
-    )
-    ranges = sorting.find_ranges(side.words, other.words, side.layout, other.layout, call=call)
-    return _kernel(plan, np.dtype(side.tokens.dtype))(
-        side.tokens,
-        side.rows,
-        side.words,
-        side.lengths,
-        other.tokens,
-        other.rows,
-        other.words,
-        -1 / other.lengths,
-        ranges,
-    )

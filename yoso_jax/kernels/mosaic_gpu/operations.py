@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt16
 
 from yoso_jax.kernels import xla
 from yoso_jax.kernels.codes import hash_codes
-from yoso_jax.kernels.mosaic_gpu import cumulation, hashing, hopper, layout
+from yoso_jax.kernels.mosaic_gpu import buckets, cumulation, hashing, hopper, layout
 from yoso_jax.kernels.mosaic_gpu.expectation import attend
 from yoso_jax.kernels.mosaic_gpu.expectation_backward import gradients
 from yoso_jax.kernels.mosaic_gpu.expectation_tiles import MAX_DIM
@@ -88,7 +88,7 @@ def sampled_backward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N D"]]:
     """As `xla.sampled_backward`, with a kernel for the gradient of value.
 
-    The others are by `xla` if they come from hashes, or in float32.
+    The others are by `xla` if they are of all hashes, in float32, or of shapes without a kernel.
 
     Raises:
       NotImplementedError: the codes are those of another implementation.
@@ -111,8 +111,9 @@ def sampled_backward(
         options = dict(num_hashes=num_hashes, hash_code_len=hash_code_len)
         return plain_codes(arranged, **options).reshape(batch, heads, -1, num_hashes)
 
+    options = dict(hash_code_len=hash_code_len, with_value=False)
     if backward == "bucketed":
-        grads = xla.bucketed_gradients(
+        grads = _bucketed_gradients(
             plain(codes.query, num_backward_hashes),
             plain(codes.key, num_backward_hashes),
             *args,
@@ -121,7 +122,6 @@ def sampled_backward(
             bucket_bits=bucket_bits,
         )
         return *grads, grad_value
-    options = dict(hash_code_len=hash_code_len, with_value=False)
     if backward == "expectation" and value.dtype != jnp.float32:
         return *_gradients(*args, grad_out.astype(value.dtype), **options)[:2], grad_value
     collided = None
@@ -175,6 +175,25 @@ def expectation_backward(
 def _gradients(*args: Any, **options: Any) -> Any:
     out = gradients(*args, deterministic=hopper.wants_same_bits(), **options)
     return jax.tree.map(lambda x: vary_like(x, *args), out)
+
+
+def _bucketed_gradients(
+    query_codes: Array, key_codes: Array, *args: Any, hash_code_len: int, bucket_bits: int
+) -> tuple[Array, Array]:
+    """As `xla.bucketed_gradients`, which also takes what the kernels do not."""
+    codes, options = (query_codes, key_codes), dict(hash_code_len=hash_code_len)
+    query, _, value, *_, grad_out = args
+    if not buckets.is_supported(query, value, bucket_bits):
+        return xla.bucketed_gradients(*codes, *args, **options, bucket_bits=bucket_bits)
+    args = *args[:-1], grad_out.astype(value.dtype)
+
+    def dense() -> tuple[Array, Array]:
+        grads = _gradients(*args, **options, with_value=False)[:2]
+        return jax.tree.map(lambda x: vary_like(x, *args, *codes), grads)
+
+    return buckets.bucketed_gradients(
+        *codes, *args, **options, bucket_bits=bucket_bits, dense=dense
+    )
 
 
 def _check_expectation(query: Array, value: Array) -> None:

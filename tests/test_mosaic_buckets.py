@@ -1,0 +1,181 @@
+"""Gradients by buckets: gathering in NumPy, the whole lowered for CUDA, and on a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from yoso_jax.hashing import sample_projection
+from yoso_jax.kernels import xla
+from yoso_jax.kernels.codes import hash_codes
+from yoso_jax.kernels.mosaic_gpu import buckets, lane_numpy
+from yoso_jax.kernels.mosaic_gpu.lane import Program
+from yoso_jax.kernels.mosaic_gpu.sorting import TILE, Words
+
+RNG = jax.random.key(3)
+
+
+@pytest.mark.parametrize("columns", [16, 48, 64])
+@pytest.mark.parametrize("count", [1, 40, 64])
+def test_tokens_are_gathered_and_scattered(columns, count):
+    """Of one head of two: what is gathered in sorted order is scattered to where it was."""
+    num_tokens, heads = 100, 2
+    layout = Words(num_tokens, 3)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 2**15, (num_tokens, heads, columns)).astype(np.int16)
+    scales = rng.standard_normal(num_tokens).astype(np.float32)
+    order = rng.permutation(num_tokens)[:TILE]
+    groups = np.sort(rng.integers(0, layout.nowhere + 1, TILE))
+    words = ((groups << layout.token_bits) | order).astype(np.int32)
+    tile_bytes = TILE * 2 * columns
+
+    def body(lane, inputs, outputs, shared, _):
+        tile, copies = shared, shared.at(tile_bytes)
+        own, found = copies.at(4 * TILE), copies.at(8 * TILE)
+        thread = lane.thread_id()
+        buckets.copy_words(lane, inputs[0], own, first=lane.i32(0), layout=Words(TILE, 3))
+        lane.commit_copies()
+        lane.wait_for_copies(0)
+        lane.barrier()
+        buckets.gather(
+            lane,
+            own,
+            [(inputs[1].at(1, 2 * columns), tile, columns)],
+            (inputs[2], copies),
+            found,
+            count=lane.i32(count),
+            stride=heads,
+            layout=layout,
+        )
+        lane.commit_copies()
+        lane.wait_for_copies(0)
+        lane.barrier()
+        target = outputs[0].at(1, 2 * columns)
+        buckets.scatter(lane, own, tile, target, columns=columns, stride=heads, layout=layout)
+        with lane.when(thread < TILE):
+            for i, pointer in enumerate((copies, found)):
+                outputs[1].at(thread + i * TILE, 4).store(pointer.at(thread, 4).load())
+
+    out = jax.ShapeDtypeStruct(tokens.shape, np.int16), jax.ShapeDtypeStruct((2, TILE), np.int32)
+    program = Program("test", body, out, 1, 1, shared_bytes=tile_bytes + 12 * TILE, incomplete=True)
+    scattered, known = lane_numpy.call(program, words, tokens, scales)
+    # Rows beyond the count repeat the last one, in no bucket.
+    rows = np.minimum(np.arange(TILE), count - 1)
+    np.testing.assert_array_equal(known[0].view(np.float32), scales[order[rows]])
+    np.testing.assert_array_equal(known[1], np.where(np.arange(TILE) < count, groups, -1))
+    takes_part = groups < layout.nowhere
+    np.testing.assert_array_equal(
+        scattered[order[takes_part], 1], tokens[order[rows[takes_part]], 1]
+    )
+    others = np.setdiff1d(np.arange(num_tokens), order[takes_part])
+    assert not np.isin(scattered[others, 1], tokens).all(axis=-1).any()
+
+
+SHAPES = [
+    # T, S, H, D, code bits, bucket bits, hashes
+    pytest.param(512, 512, 64, 64, 9, 3, 4, id="usual"),
+    pytest.param(300, 700, 64, 48, 9, 3, 3, id="unequal"),
+    pytest.param(129, 65, 33, 20, 5, 2, 2, id="odd"),
+    pytest.param(256, 256, 128, 128, 12, 4, 2, id="wide"),
+    pytest.param(256, 256, 192, 64, 4, 1, 1, id="wider"),
+    pytest.param(512, 512, 64, 64, 9, 9, 8, id="all-bits"),
+    pytest.param(256, 256, 64, 64, 9, 0, 1, id="no-bits"),
+    pytest.param(2500, 2100, 16, 16, 16, 7, 2, id="two-digits"),
+]
+
+
+def draw(num_queries, num_keys, head_dim, value_dim, bits, num_hashes, dtype, batch=2, heads=2):
+    keys = jax.random.split(RNG, 5)
+    lengths = num_queries, num_keys, num_keys, num_queries
+    dims = head_dim, head_dim, value_dim, value_dim
+    query, key, value, grad_out = (
+        jax.random.normal(rng, (batch, n, heads, dim), jnp.float32).astype(dtype)
+        for rng, n, dim in zip(keys, lengths, dims, strict=False)
+    )
+    projection = sample_projection(
+        keys[4], (batch, heads), head_dim, num_hashes=num_hashes, hash_code_len=bits
+    )
+    codes = [
+        hash_codes(jnp.swapaxes(x, 1, 2).astype(jnp.float32), projection, hash_code_len=bits)
+        for x in (query, key)
+    ]
+    return *codes, query, key, value, grad_out
+
+
+@pytest.mark.parametrize(("t", "s", "h", "d", "bits", "bucket_bits", "hashes"), SHAPES)
+def test_kernels_lower_for_cuda(t, s, h, d, bits, bucket_bits, hashes):
+    make = functools.partial(draw, t, s, h, d, bits, hashes, jnp.bfloat16)
+    *args, grad_out = jax.eval_shape(make)
+    masks = [jax.ShapeDtypeStruct((2, n), bool) for n in (t, s)]
+
+    def run(*args):
+        assert buckets.is_supported(args[2], args[4], bucket_bits)
+        return buckets.bucketed_gradients(*args, hash_code_len=bits, bucket_bits=bucket_bits)
+
+    traced = jax.jit(run).trace(*args, *masks, grad_out)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # Sorting each side by each digit; ranges, sums and the last step of each side.
+    sorts = 2 if bucket_bits > 6 else 1
+    assert text.count("@mosaic_gpu") == 2 * sorts + 6
+
+
+def test_what_is_not_supported():
+    def supported(tokens, dim, bits, dtype=jnp.bfloat16):
+        x = jax.ShapeDtypeStruct((1, tokens, 1, dim), dtype)
+        answers = []
+        jax.eval_shape(lambda x: answers.append(buckets.is_supported(x, x, bits)), x)
+        return answers[0]
+
+    assert supported(2**18, 64, 12)
+    assert not supported(2**19, 64, 12)
+    assert not supported(512, 256, 3)
+    assert not supported(512, 64, 3, jnp.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("t", "s", "h", "d", "bits", "bucket_bits", "hashes"), SHAPES)
+def test_kernels_agree_with_xla(t, s, h, d, bits, bucket_bits, hashes, masked, dtype):
+    *args, grad_out = draw(t, s, h, d, bits, hashes, dtype)
+    masks = [None, None]
+    if masked:
+        masks = [
+            jnp.arange(n) < jnp.array([[first], [last]])
+            for n, first, last in ((t, t, t - t // 3), (s, s // 2, s))
+        ]
+        # What is in the rows of masked tokens is not used.
+        args[2] = jnp.where(masks[0][..., None, None], args[2], jnp.nan)
+        args[3] = jnp.where(masks[1][..., None, None], args[3], jnp.nan)
+    options = dict(hash_code_len=bits, bucket_bits=bucket_bits)
+    run = jax.jit(functools.partial(buckets.bucketed_gradients, **options))
+    found = run(*args, *masks, grad_out)
+    again = run(*args, *masks, grad_out)
+    wide = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in args]
+    expected = jax.jit(functools.partial(xla.bucketed_gradients, **options))(
+        *wide, *masks, grad_out.astype(jnp.float32)
+    )
+    for mine, same, exact in zip(found, again, expected, strict=True):
+        assert mine.dtype == dtype
+        np.testing.assert_array_equal(mine, same)
+        exact = np.asarray(exact, np.float64)
+        error = np.linalg.norm(np.asarray(mine, np.float64) - exact) / np.linalg.norm(exact)
+        assert error < (6e-3 if dtype == jnp.bfloat16 else 3e-3)
+
+
+@pytest.mark.gpu
+def test_uneven_buckets_take_the_dense_gradients():
+    """Where all tokens share a bucket, sums over buckets would take longer."""
+    *args, grad_out = draw(1024, 1024, 64, 64, 9, 2, jnp.bfloat16)
+    dense = jax.jit(lambda: (args[2] * 0 + 7, args[3] * 0 + 8))()
+    run = functools.partial(
+        buckets.bucketed_gradients, hash_code_len=9, bucket_bits=4, dense=lambda: dense
+    )
+    even = jax.jit(run)(*args, None, None, grad_out)
+    assert not (even[0] == 7).all()
+    args[:2] = [x * 0 + 5 for x in args[:2]]
+    uneven = jax.jit(run)(*args, None, None, grad_out)
+    assert (uneven[0] == 7).all()
+    assert (uneven[1] == 8).all()
