@@ -1,7 +1,8 @@
-"""Writes benchmark tables into README.md: `python scripts/update_readme.py [--check]`.
+"""Writes README.md's benchmark tables and plots: `python scripts/update_readme.py [--check]`.
 
 Between `<!-- benchmark: NAME -->` and `<!-- end -->` goes what `benchmarks/results/NAME.json` says,
-a report of `scripts/benchmark.py`.
+a report of `scripts/benchmark.py`. Pictures `benchmarks/plots/NAME.svg` of the page are drawn from
+the same report, with matplotlib.
 """
 
 import dataclasses
@@ -13,22 +14,23 @@ from typing import Any
 import tyro
 
 from yoso_jax import cli
-from yoso_jax.benchmarking.report import MISSING, Row, read_report, tabulate
-from yoso_jax.errors import DataError
+from yoso_jax.benchmarking.report import MISSING, Row, draw_speed, read_report, tabulate
+from yoso_jax.errors import ConfigError, DataError, DiskFullError, is_disk_full
 from yoso_jax.metrics import write_atomically
 
 ROOT = Path(__file__).parents[1]
 # Kernels that are neither hash nor cumulation: values to slices, results back, the projection.
 AROUND = re.compile("slice_values|merge_slices|transpose")
 MARKED = re.compile(r"(<!-- benchmark: ([\w.-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+PLOT = re.compile(r"\((benchmarks/plots/([\w.-]+)\.svg)\)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Which file to renew, from which reports."""
+    """Which page to renew, with its plots, from which reports."""
 
     check: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Change nothing; fail if the tables are not what the reports say."""
+    """Change nothing; fail if a table or a plot is not of the newest report."""
     readme: Path = ROOT / "README.md"
     """Page with the markers."""
     results: Path = ROOT / "benchmarks" / "results"
@@ -36,7 +38,7 @@ class Arguments:
 
 
 def main() -> None:
-    """Renews or checks all tables of the page."""
+    """Renews or checks all tables and plots of the page."""
     arguments = tyro.cli(Arguments, description=f"Renews benchmark tables. {cli.EXIT_CODES}")
     try:
         old = arguments.readme.read_text(encoding="utf-8")
@@ -48,6 +50,13 @@ def main() -> None:
         return f"{start}\n{describe(name, read_report(arguments.results / f'{name}.json'))}\n{end}"
 
     new = MARKED.sub(renew, old)
+    for place, name in PLOT.findall(old):
+        path = arguments.readme.parent / place
+        report = read_report(arguments.results / f"{name}.json")
+        if not arguments.check:
+            _draw(path, report)
+        elif not path.is_file() or report["date"] not in path.read_text(encoding="utf-8"):
+            raise DataError(f"{path} is not drawn from {name}.json: run scripts/update_readme.py")
     if new == old:
         print(f"{arguments.readme} is up to date")
     elif arguments.check:
@@ -57,6 +66,16 @@ def main() -> None:
     else:
         write_atomically(arguments.readme, new)
         print(f"wrote {arguments.readme}")
+
+
+def _draw(path: Path, report: dict[str, Any]) -> None:
+    try:
+        draw_speed(path, report)
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib: pip install '.[plot]'") from error
+    except OSError as error:
+        raise (DiskFullError if is_disk_full(error) else ConfigError)(str(error)) from error
+    print(f"wrote {path}")
 
 
 def describe(name: str, report: dict[str, Any]) -> str:

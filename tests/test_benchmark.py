@@ -467,6 +467,27 @@ def test_damaged_report_leaves_the_page(
     assert page.read_text() == before
 
 
-def test_tables_of_our_readme_are_what_the_reports_say(run: Run) -> None:
+def test_readme_plot_is_of_the_report(
+    run: Run, page: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page.write_text("![Speed](benchmarks/plots/speed.svg)\n")
+    plot = page.parent / "benchmarks" / "plots" / "speed.svg"
+    paths = ["--readme", page, "--results", page.parent]
+    code, _, err = run("update_readme.py", "--check", *paths)
+    assert code == 3
+    assert "speed.svg is not drawn from speed.json" in err
+    assert run("update_readme.py", *paths)[0] == 0
+    first = plot.read_bytes()
+    assert run("update_readme.py", *paths)[0] == 0
+    assert plot.read_bytes() == first
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run("update_readme.py", "--check", *paths)[0] == 0
+    code, _, err = run("update_readme.py", *paths)
+    assert (code, err) == (2, "error: plots need matplotlib: pip install '.[plot]'\n")
+    (page.parent / "speed.json").write_text(json.dumps(REPORT | {"date": "2026-01-03"}))
+    assert run("update_readme.py", "--check", *paths)[0] == 3
+
+
+def test_our_readme_is_what_the_reports_say(run: Run) -> None:
     code, _, err = run("update_readme.py", "--check")
     assert code == 0, err

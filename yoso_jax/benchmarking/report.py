@@ -1,4 +1,4 @@
-"""The JSON reports that benchmarks write, as a table and as a picture.
+"""The JSON reports that benchmarks write, as a table and as pictures.
 
 A report is one JSON object:
 
@@ -179,3 +179,44 @@ def draw(path: Path, benchmark: str, rows: list[Row]) -> None:
     figure.suptitle(f"{benchmark}, {jax.devices()[0].device_kind}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def draw_speed(path: Path, report: dict[str, Any]) -> None:
+    """Draws how many times cuDNN's speed attention has, against n, as an SVG; needs matplotlib.
+
+    The same report and release of matplotlib give the same bytes. The date of the report is in the
+    picture's metadata.
+
+    Raises:
+      DataError: the report has no speeds.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = [row for row in report["rows"] if row["implementation"] != "cudnn"]
+    # Those of the whole operation would hide those of its kernels.
+    rows = [r for r in rows if "speed_device" in r and not r["implementation"].endswith("_op")]
+    if not rows:
+        raise DataError(f"no speeds to draw to {path}")
+    rows.sort(key=lambda row: row["n"])
+    numbers = sorted({row["n"] for row in rows})
+    figure = Figure(figsize=(8, 4), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.annotate("cuDNN", (numbers[0], 1), (0, 3), textcoords="offset points", fontsize="small")
+    for name in dict.fromkeys(map(_series, rows)):
+        points = [(row["n"], row["speed_device"]) for row in rows if _series(row) == name]
+        (line,) = axes.plot(*zip(*points, strict=True), "o-", markersize=4)
+        place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(name, points[-1], color=line.get_color(), fontsize="small", **place)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(numbers, [f"{n:,}" for n in numbers])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="n, tokens of a sequence", ylabel="speed on the device, times cuDNN's")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Date": None, "Creator": None, "Source": f"measured {report['date']}"}
+    with matplotlib.rc_context({"svg.hashsalt": "yoso_jax"}):
+        figure.savefig(path, format="svg", metadata=metadata)
