@@ -206,7 +206,9 @@ def _build_task(options: tuple[Any, ...], values: object, file: str, name: str) 
 def _convert(hint: Any, value: object, file: str, name: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, file, name + ".")
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    # Of a Literal and None, `|` makes a typing.Union.
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    options = typing.get_args(hint) if is_union else (hint,)
     if dataclasses.is_dataclass(options[0]):
         return _build_task(options, value, file, name)
     for option in options:
