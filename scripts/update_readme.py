@@ -86,13 +86,14 @@ def describe(name: str, report: dict[str, Any]) -> str:
         raise DataError(f"the report {name} has no row that was measured")
     work = "Forward and backward pass" if arguments.get("backward") else "Forward pass"
     tokens = f"{arguments['tokens']:,} tokens of all heads and sequences together"
-    if any(row["implementation"] == "mosaic_gpu_expectation" for row in rows):
+    listed = ("mosaic_gpu_expectation", "mosaic_gpu_bucketed")
+    if any(row["implementation"] in listed for row in rows):
         table = _table(*list_implementations(rows))
         note = (
             "Milliseconds on the device and on the wall, and how many times cuDNN's speed that is. "
             "`expectation`: `yoso_attention` with `num_hashes=None`; `mixed`: sampled forward, and "
-            "gradients of query and key from the expectation. Memory is beside inputs and outputs. "
-            f"{work}, {tokens}"
+            "gradients of query and key from the expectation; `bucketed`: those from buckets. "
+            f"Memory is beside inputs and outputs. {work}, {tokens}"
         )
     elif report["benchmark"] == "attention":
         ours = "mosaic_gpu"
