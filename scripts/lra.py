@@ -19,10 +19,11 @@ from rich.table import Table
 from yoso_jax import cli
 from yoso_jax.benchmarking.report import describe_environment, write_report
 from yoso_jax.comparison import Row, check_folders, compare, draw, plan_runs, tabulate
+from yoso_jax.config_files import load_config
 from yoso_jax.data.tasks import TASKS
 from yoso_jax.errors import ConfigError, DiskFullError, is_disk_full
 from yoso_jax.metrics import write_atomically
-from yoso_jax.train_config import TrainConfig, load_config
+from yoso_jax.train_config import TrainConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "lra"
 RUN_DIR = "runs/lra"
@@ -99,7 +100,9 @@ def read_config(task: str, options: list[str]) -> TrainConfig:
     """The configuration of a task, with options as train.py takes them."""
     if task not in TASKS:
         raise ConfigError(f"--task must be one of {', '.join(TASKS)}, got {task!r}")
-    default = dataclasses.replace(load_config(CONFIGS / f"{task}.yaml"), run_dir=RUN_DIR)
+    config = load_config(CONFIGS / f"{task}.yaml")
+    assert isinstance(config, TrainConfig)
+    default = dataclasses.replace(config, run_dir=RUN_DIR)
     try:
         return tyro.cli(TrainConfig, args=options, default=default, prog="lra.py")
     except ValueError as error:  # tyro reports those of the nested sections only

@@ -16,7 +16,7 @@ from yoso_jax.lra import LRAConfig
 from yoso_jax.optim import OptimizerConfig
 from yoso_jax.train_config import TrainConfig
 
-TIMING = ("time", "steps_per_s", "tokens_per_s")
+TIMING = ("time", "steps_per_s", "tokens_per_s", "input_wait")
 
 
 def tiny_config(folder: Path, name: str = "run", **changes: Any) -> TrainConfig:

@@ -12,7 +12,7 @@ import pytest
 
 from yoso_jax.checkpointing import Checkpoints
 from yoso_jax.errors import CheckpointError
-from yoso_jax.training import abstract_like
+from yoso_jax.sharding import make_layout
 
 ACCURACIES = {10: 0.1, 20: 0.5, 30: 0.2, 40: 0.3}
 
@@ -22,7 +22,7 @@ def state_at(step: int) -> dict[str, Any]:
 
 
 def abstract() -> dict[str, Any]:
-    return {"state": abstract_like(state_at(0))}
+    return {"state": make_layout().abstract(state_at(0))}
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_state_may_change_while_it_is_being_saved(tmp_path: Path) -> None:
             if number % 10 == 0:
                 checkpoints.save(number, {"state": state})
     for number in (10, 20, 30, 40):
-        _, restored, _ = checkpoints.restore(number, {"state": abstract_like(state)})
+        _, restored, _ = checkpoints.restore(number, {"state": make_layout().abstract(state)})
         assert int(restored["state"]["step"]) == number
         assert float(restored["state"]["large"].min()) == number
         assert float(restored["state"]["large"].max()) == number

@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 import pytest
 from finetune_helpers import VOCABULARY, save_tokenizer
 from flax import nnx
-from run_helpers import fast_compilations
+from run_helpers import fast_compilations, quiet_console
 
 from yoso_jax import YosoConfig, YosoForMaskedLM, load_pretrained
 from yoso_jax.errors import CheckpointError, ConfigError
@@ -22,9 +21,13 @@ from yoso_jax.finetuning.conll import WordsConfig
 from yoso_jax.finetuning.glue import GlueConfig
 from yoso_jax.finetuning.objective import FinetuneObjective
 from yoso_jax.finetuning.prepare import prepare
-from yoso_jax.finetuning.save import save_model
 from yoso_jax.finetuning.squad import QuestionsConfig
-from yoso_jax.finetuning.start import ModelOptions
+from yoso_jax.metrics import read_metrics
+from yoso_jax.optim import OptimizerConfig
+from yoso_jax.saving import save_model
+from yoso_jax.starting import ModelOptions
+from yoso_jax.trainer import train
+from yoso_jax.training import make_keys
 
 LENGTH = 64
 
@@ -79,40 +82,36 @@ def make_config(tmp_path: Path, data_dir: Path, pretrained: Path) -> Any:
 
 
 def fine_tune(config: FinetuneConfig) -> tuple[Any, dict[str, Any], list[Path]]:
-    """A few steps of Adam, then what is left behind; returns what was prepared, metrics, files."""
-    prepared = prepare(config)
-    objective = FinetuneObjective(config, prepared)
-    key = jax.random.key(config.seed)
-    graphdef, params = nnx.split(objective.make_model(key), nnx.Param)
-    assert graphdef == objective.make_graphdef()
-    evaluation, batches = objective.make_evaluation(key), objective.make_iterator()
-    tx = optax.adam(1e-2)
-
-    @jax.jit
-    def step(params: Any, state: Any, batch: Any, key: Any) -> Any:
-        def loss(params: Any) -> Any:
-            rngs = nnx.Rngs(hash=key, dropout=key)
-            return objective.loss(nnx.merge(graphdef, params), batch, rngs)
-
-        updates, state = tx.update(jax.grad(loss)(params), state)
-        return optax.apply_updates(params, updates), state
-
-    before = evaluation(params, "train")["loss"]
-    state = tx.init(params)
-    for number in range(config.steps):
-        params, state = step(params, state, next(batches), jax.random.key(number))
-    assert evaluation(params, "train")["loss"] < 0.7 * before
+    """Trains, and looks at what is left behind; returns what was prepared, metrics, files."""
+    config = dataclasses.replace(
+        config,
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        evaluate_every=config.steps // 2,
+        log_every=config.steps // 2,
+    )
+    console, text = quiet_console()
+    results = train(config, console=console)
+    assert results is not None
     run_dir = Path(config.run_dir)
-    metrics, files = objective.finish(params, key)
-    assert json.loads((run_dir / "metrics.json").read_text()) == metrics
+    assert json.loads((run_dir / "results.json").read_text()) == results
+    losses = [r["loss"] for r in read_metrics(run_dir / "metrics.jsonl") if r["split"] == "train"]
+    assert losses[-1] < 0.9 * losses[0]
+    prepared = prepare(config)
+    assert all(note in text.getvalue() for note in prepared.notes)
     # The model is loaded from its folder as what it is, with the tokenizer beside it.
     loaded = load_pretrained(run_dir / "model")
     assert type(loaded) is prepared.task.model_class
     again = prepare(dataclasses.replace(config, init_from=str(run_dir / "model")))
     assert not [note for note in again.start.notes if "afresh" in note]
-    split = next(iter(metrics))
-    assert evaluation(nnx.state(loaded, nnx.Param), split) == pytest.approx(metrics[split])
-    return prepared, metrics, files
+    objective = FinetuneObjective(config, prepared)
+    _, _, key = make_keys(config.seed)
+    evaluation = objective.make_evaluation(key)
+    params = nnx.state(loaded, nnx.Param)
+    metrics = {split: evaluation(params, split) for split in objective.labelled_splits}
+    for split, found in metrics.items():
+        for name, value in found.items():
+            assert results[f"{split}_{name}"] == pytest.approx(value)
+    return prepared, metrics, sorted((run_dir / "predictions").iterdir())
 
 
 def test_sequence_classification(make_config: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 from run_helpers import fast_compilations, quiet_console, tiny_config
 
 from yoso_jax import trainer
+from yoso_jax.config_files import dump_config, load_config, resume_conflicts
 from yoso_jax.data.images import ImageConfig
 from yoso_jax.data.pathfinder import PathfinderConfig
 from yoso_jax.data.retrieval import RetrievalConfig
@@ -16,7 +17,6 @@ from yoso_jax.data.splits import split_by_fraction
 from yoso_jax.data.tasks import TASKS
 from yoso_jax.data.text import TextConfig
 from yoso_jax.errors import ConfigError, DataError
-from yoso_jax.train_config import dump_config, load_config, resume_conflicts
 
 SMALL = PathfinderConfig(
     num_train=40, num_valid=10, num_test=6, window=16, contour_length=4, num_distractors=2

@@ -17,11 +17,12 @@ from run_helpers import fast_compilations, numbers, tiny_config
 
 import yoso_jax.comparison as comparison
 from yoso_jax.comparison import with_variant
+from yoso_jax.config_files import load_config
 from yoso_jax.errors import ConfigError
+from yoso_jax.lra_objective import LRAObjective
 from yoso_jax.optim import make_optimizer
 from yoso_jax.progress import TrainingProgress
-from yoso_jax.train_config import load_config
-from yoso_jax.training import init_state
+from yoso_jax.training import abstract_state
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "lra.py"
 RUNS = ["listops-yoso_c_2-0", "listops-softmax-0", "listops-yoso_c_2-1", "listops-softmax-1"]
@@ -162,7 +163,7 @@ def check_row(row: dict[str, Any]) -> None:
     assert row["steps_per_s"] > 0
     config = load_config(run_dir / "config.yaml")
     tx = make_optimizer(config.optimizer, config.steps)
-    state = jax.eval_shape(lambda: init_state(config, tx))
+    state = abstract_state(LRAObjective(config), tx)
     state_bytes = sum(4 * leaf.size for leaf in jax.tree.leaves(state))
     assert state_bytes < row["step_bytes"] < 100 * state_bytes
     results = json.loads((run_dir / "results.json").read_text())
@@ -182,7 +183,7 @@ def check_row(row: dict[str, Any]) -> None:
         (["--task", "listops", "--variants", "yoso_c_e"], "got 'yoso_c_e'"),
         (["--task", "listops", "--variants", "yoso_e,yoso_e"], "yoso_e more than once"),
         (["--task", "listops", "--seeds", "0"], "seeds must be >= 1, got 0"),
-        (["--task", "listops", "--steps", "0"], "steps must be >= 1, got 0"),
+        (["--task", "listops", "--steps", "0"], "steps must be an integer >= 1, got 0"),
         (["--task", "listops", "--stepz", "1"], "--stepz"),
         (["--task", "listops", "--model.attention-implementation", "mosaic_gpu"], "softmax: model"),
     ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,24 +10,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-import yaml
 from flax import nnx
 from mlm_helpers import write_corpus
-from run_helpers import fast_compilations
+from run_helpers import fast_compilations, numbers, quiet_console
 
 from yoso_jax import YosoForMaskedLM
+from yoso_jax.config_files import load_config
 from yoso_jax.data.mlm import MLMConfig
 from yoso_jax.data.tokenizer import load_tokenizer
 from yoso_jax.errors import CheckpointError, ConfigError
-from yoso_jax.finetuning.save import save_model
-from yoso_jax.finetuning.start import ModelOptions
 from yoso_jax.optim import OptimizerConfig
 from yoso_jax.pretraining.config import PretrainConfig
 from yoso_jax.pretraining.losses import pretraining_metrics
 from yoso_jax.pretraining.objective import PretrainObjective
 from yoso_jax.pretraining.prepare import prepare
+from yoso_jax.progress import TrainingProgress
+from yoso_jax.saving import save_model
+from yoso_jax.sharding import make_layout
+from yoso_jax.starting import ModelOptions
+from yoso_jax.trainer import train
+from yoso_jax.training import restore_params
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "mlm"
 
@@ -53,6 +57,9 @@ def config(folder: Path, tmp_path: Path) -> PretrainConfig:
         sequence_length=32,
         batch_size=8,
         eval_batch_size=8,
+        log_every=7,
+        evaluate_every=5,
+        optimizer=OptimizerConfig(learning_rate=1e-2, end_factor=1.0),
         data=MLMConfig(corpora=("texts",), vocab_size=310, test_fraction=0.1, sentence_order=True),
         model=ModelOptions(
             hidden_size=32,
@@ -67,67 +74,49 @@ def config(folder: Path, tmp_path: Path) -> PretrainConfig:
     )
 
 
-def make_step(objective: PretrainObjective) -> tuple[Any, Any]:
-    """A step of Adam, and a new state."""
-    graphdef, params = nnx.split(objective.make_model(jax.random.key(0)), nnx.Param)
-    assert graphdef == objective.make_graphdef()
-    tx = optax.adam(1e-2)
+def test_pretraining(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped in the middle of an epoch and goes on."""
+    plain = TrainingProgress.step
 
-    @jax.jit
-    def step(params: Any, opt_state: Any, batch: Any, key: Any) -> Any:
-        def loss(params: Any) -> Any:
-            rngs = nnx.Rngs(hash=key, dropout=key)
-            return objective.loss(nnx.merge(graphdef, params), batch, rngs)
+    def stop(self: TrainingProgress, step: int) -> None:
+        if step == 55:
+            signal.raise_signal(signal.SIGTERM)
+        plain(self, step)
 
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, opt_state = tx.update(grads, opt_state)
-        return optax.apply_updates(params, updates), opt_state, value
-
-    return step, (params, tx.init(params))
-
-
-def test_pretraining(config: PretrainConfig) -> None:
-    prepared = prepare(config)
-    assert prepared.notes[0] == "all parameters are drawn anew"
-    assert [note.split(":")[0] for note in prepared.notes[2:]] == ["train", "valid", "test"]
-    objective = PretrainObjective(config, prepared)
-    step, (params, opt_state) = make_step(objective)
-    evaluation = objective.make_evaluation(jax.random.key(1))
-    before = evaluation(params, "valid")
-    assert list(before) == ["loss", "accuracy", "order_loss", "order_accuracy", "perplexity"]
-    assert before["perplexity"] == pytest.approx(np.exp(before["loss"]))
-    assert before["loss"] == pytest.approx(np.log(prepared.data.vocabulary.size), abs=1)
-
-    iterator = objective.make_iterator()
-    for number in range(config.steps):
-        if number == config.steps - 5:
-            position, middle = iterator.get_state(), (params, opt_state)
-        params, opt_state, _ = step(params, opt_state, next(iterator), jax.random.key(number))
-    after = evaluation(params, "valid")
-    assert after["loss"] < 0.7 * before["loss"]
-    assert after["accuracy"] > before["accuracy"]
-    assert after == evaluation(params, "valid")
-
-    # Resumed from the middle, in the middle of an epoch, it ends the same bit for bit.
-    resumed, state = objective.make_iterator(), middle
-    resumed.set_state(json.loads(json.dumps(position)))
-    for number in range(config.steps - 5, config.steps):
-        *state, _ = step(*state, next(resumed), jax.random.key(number))
-    jax.tree.map(np.testing.assert_array_equal, state[0], params)
+    console, text = quiet_console()
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingProgress, "step", stop)
+        assert train(config, console=console) is None
+    results = train(config, resume=True, console=console)
+    assert "all parameters are drawn anew" in text.getvalue()
+    assert results is not None
+    whole = dataclasses.replace(config, run_dir=f"{config.run_dir}-whole")
+    assert train(whole, console=console) == results
+    run_dir = Path(config.run_dir)
+    assert numbers(run_dir) == numbers(whole.run_dir)
+    assert json.loads((run_dir / "results.json").read_text()) == results
+    first, *_, last = [r for r in numbers(run_dir) if r["split"] == "valid"]
+    names = ["loss", "accuracy", "order_loss", "order_accuracy", "perplexity"]
+    assert list(last) == ["step", "split", *names]
+    assert last["loss"] < 0.8 * first["loss"]
+    assert last["accuracy"] > first["accuracy"]
+    valid = {name: last[name] for name in names}
+    assert {name: results[f"valid_{name}"] for name in names} == valid
+    assert valid["perplexity"] == pytest.approx(np.exp(valid["loss"]))
 
     # What is kept is a masked language model with its tokenizer, which a run can start from.
-    metrics, files = objective.finish(params, jax.random.key(1))
-    run_dir = Path(config.run_dir)
-    assert (metrics["valid"], files) == (after, [])
-    assert json.loads((run_dir / "metrics.json").read_text()) == metrics
+    prepared = prepare(config)
+    assert [note.split(":")[0] for note in prepared.notes[2:]] == ["train", "valid", "test"]
     folder = run_dir / "model"
     model = YosoForMaskedLM.from_pretrained(folder)
+    objective = PretrainObjective(config, prepared)
+    _, params, _ = restore_params(objective, "latest", make_layout())
     kept = nnx.merge(objective.make_graphdef(), params).masked_lm
     jax.tree.map(
         np.testing.assert_array_equal, nnx.state(model, nnx.Param), nnx.state(kept, nnx.Param)
     )
     assert load_tokenizer(folder).to_str() == load_tokenizer(prepared.data.tokenizer).to_str()
-    check_longer(dataclasses.replace(config, init_from=str(folder)), model, after)
+    check_longer(dataclasses.replace(config, init_from=str(folder)), model, valid)
 
 
 def check_longer(config: PretrainConfig, model: Any, metrics: dict[str, float]) -> None:
@@ -167,7 +156,7 @@ def test_order_with_one_token_type(config: PretrainConfig, tmp_path: Path) -> No
     assert prepared.notes[-1].startswith("the checkpoint has one token type")
     objective = PretrainObjective(with_order, prepared)
     model, batch = objective.make_model(jax.random.key(0)), next(objective.make_iterator())
-    loss = jax.eval_shape(lambda: objective.loss(model, batch, nnx.Rngs(hash=0, dropout=1)))
+    loss = jax.eval_shape(lambda: objective.loss(model, batch, nnx.Rngs(hash=0, dropout=1)))[0]
     assert loss.shape == ()
 
 
@@ -197,16 +186,8 @@ def test_perplexity_of_a_loss_that_is_too_large() -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_configs(path: Path) -> None:
-    values = yaml.safe_load(path.read_text())
-    sections = {"data": MLMConfig, "model": ModelOptions, "optimizer": OptimizerConfig}
-    assert values["data"].pop("task") == MLMConfig.task
-    values["data"]["corpora"] = tuple(values["data"]["corpora"])
-    for name in ("learning_rate", "eps"):  # YAML reads 1e-6 as text
-        values["optimizer"][name] = float(values["optimizer"][name])
-    for name, section in sections.items():
-        values[name] = section(**values[name])
-    config = PretrainConfig(**values)
+    config = load_config(path)
+    assert isinstance(config, PretrainConfig)
     assert config.run_dir == f"runs/mlm/{path.stem}"
     assert config.sequence_length == config.model.max_position_embeddings
     assert config.sequence_length == int(path.stem.split("_")[1])
-    assert f"python scripts/train.py configs/mlm/{path.name}" in path.read_text()

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from run_helpers import fast_compilations, numbers, quiet_console, tiny_config
 
 import yoso_jax.trainer as trainer
+from yoso_jax.config_files import load_config
 from yoso_jax.data.pipeline import eval_batches
 from yoso_jax.errors import (
     CheckpointError,
@@ -29,22 +31,22 @@ from yoso_jax.errors import (
     Interrupted,
     NonFiniteError,
 )
+from yoso_jax.lra_objective import LRAObjective, load_data, majority_baseline
 from yoso_jax.metrics import MetricsWriter, read_metrics
 from yoso_jax.optim import OptimizerConfig, make_optimizer, make_schedule, weight_decay_mask
 from yoso_jax.progress import TrainingProgress
+from yoso_jax.sharding import make_layout
 from yoso_jax.signals import StopSignals
-from yoso_jax.train_config import TrainConfig, load_config
+from yoso_jax.train_config import TrainConfig
 from yoso_jax.training import (
-    evaluate,
+    State,
+    abstract_state,
     init_state,
-    make_eval_step,
-    make_graphdef,
-    make_keys,
     make_train_step,
-    restore_params,
     window_means,
     with_attention,
 )
+from yoso_jax.training import restore_params as restore
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with fast_compilations(tmp_path_factory.mktemp("compilations")):
         yield
+
+
+def restore_params(config: TrainConfig, step: Any) -> tuple[int, Any, list[str]]:
+    return restore(LRAObjective(config), step, make_layout())
+
+
+def first_state(config: TrainConfig) -> State:
+    return init_state(LRAObjective(config), optax.identity(), make_layout())
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +121,7 @@ def test_schedule_may_be_all_warmup() -> None:
 
 def test_weight_decay_leaves_biases_and_layer_norms_alone(folder: Path) -> None:
     config = tiny_config(folder)
-    params = init_state(config, optax.identity())["params"]
+    params = first_state(config)["params"]
     mask = weight_decay_mask(params)
     seen = set()
     for path, decays in jax.tree_util.tree_flatten_with_path(mask)[0]:
@@ -166,9 +176,10 @@ def test_optimizer_refuses_values_out_of_range(field: str, value: object) -> Non
 def test_step_learns_a_batch_and_sums_its_metrics(folder: Path) -> None:
     config = tiny_config(folder)
     tx = make_optimizer(config.optimizer, config.steps)
-    state = init_state(config, tx)
-    train_step = make_train_step(make_graphdef(config), tx, config.log_every)
-    data = trainer.load_data(config)
+    objective, layout = LRAObjective(config), make_layout()
+    state = init_state(objective, tx, layout)
+    train_step = make_train_step(objective, tx, layout)
+    data = load_data(config)
     batch = next(iter(eval_batches(data.train, batch_size=4, max_length=16)))
     del batch["weight"]
     means = []
@@ -185,29 +196,28 @@ def test_step_learns_a_batch_and_sums_its_metrics(folder: Path) -> None:
 
 def test_evaluation_counts_each_example_once_and_is_reproducible(folder: Path) -> None:
     config = tiny_config(folder)
-    data = trainer.load_data(config)
-    params = init_state(config, optax.identity())["params"]
+    data = load_data(config)
+    params = first_state(config)["params"]
     expectation = with_attention(config, "expectation")
-    step, key = make_eval_step(make_graphdef(expectation)), jax.random.key(1)
 
     def result(batch_size: int) -> dict[str, float]:
-        return evaluate(
-            step, params, eval_batches(data.valid, batch_size=batch_size, max_length=16), key
-        )
+        changed = dataclasses.replace(expectation, eval_batch_size=batch_size)
+        return LRAObjective(changed, data).make_evaluation(jax.random.key(1))(params, "valid")
 
     assert result(7)["accuracy"] == result(20)["accuracy"]
     assert result(7)["loss"] == pytest.approx(result(20)["loss"], rel=1e-5)
 
-    sampled = make_eval_step(make_graphdef(config))
-    batches = eval_batches(data.valid, batch_size=7, max_length=16)
-    again = [evaluate(sampled, params, batches, k) for k in (key, key, jax.random.key(2))]
+    again = [
+        LRAObjective(config, data).make_evaluation(jax.random.key(seed))(params, "valid")
+        for seed in (1, 1, 2)
+    ]
     assert again[0] == again[1] != again[2]
 
 
 def test_majority_baseline_takes_the_label_from_the_train_split(folder: Path) -> None:
-    data = trainer.load_data(tiny_config(folder))
+    data = load_data(tiny_config(folder))
     label = np.bincount(data.train.labels).argmax()
-    assert trainer.majority_baseline(data.train, data.test) == (data.test.labels == label).mean()
+    assert majority_baseline(data.train, data.test) == (data.test.labels == label).mean()
 
 
 # A run
@@ -226,7 +236,7 @@ def test_run_leaves_metrics_results_checkpoint_and_curves(reference: TrainConfig
         (10, "valid"),
     ]
     fields = {"step", "split", "loss", "accuracy", "time"}
-    extra = {"learning_rate", "grad_norm", "steps_per_s", "tokens_per_s"}
+    extra = {"learning_rate", "grad_norm", "steps_per_s", "tokens_per_s", "input_wait"}
     for record in records:
         assert set(record) == (fields | extra if record["split"] == "train" else fields)
         assert all(math.isfinite(v) for k, v in record.items() if k != "split")
@@ -347,7 +357,7 @@ def test_resume_without_a_run_is_refused(folder: Path) -> None:
 
 def test_damaged_data_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
-    labels = trainer.load_data(config).folder / "train_labels.npy"
+    labels = load_data(config).folder / "train_labels.npy"
     labels.write_bytes(labels.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"train_labels\.npy"):
         trainer.train(config)
@@ -364,9 +374,9 @@ def test_published_copy_is_read_from_tsv(tmp_path: Path) -> None:
         text = "Source\tTarget\n" + "( ( ( [MAX 2 ) 9 ) ] )\t9\n[MIN 3 1 4 ]\t1\n"
         (tmp_path / f"basic_{name}.tsv").write_text(text)
     config = tiny_config(tmp_path, tsv_dir=str(tmp_path))
-    assert trainer.load_data(config).valid.labels.tolist() == [9, 1]
+    assert load_data(config).valid.labels.tolist() == [9, 1]
     with pytest.raises(ConfigError, match="sequence_length must be at least 5"):
-        trainer.load_data(dataclasses.replace(config, sequence_length=4))
+        load_data(dataclasses.replace(config, sequence_length=4))
 
 
 def test_run_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
@@ -501,9 +511,10 @@ def test_parameters_and_optimiser_stay_float32_in_bfloat16(folder: Path) -> None
         "attention_mask": jax.ShapeDtypeStruct((4, 16), jnp.bool),
         "labels": jax.ShapeDtypeStruct((4,), jnp.int32),
     }
-    before = jax.eval_shape(lambda: init_state(config, tx))
+    objective, layout = LRAObjective(config), make_layout()
+    before = layout.abstract(abstract_state(objective, tx))
     after = jax.eval_shape(
-        make_train_step(make_graphdef(config), tx, config.log_every),
+        make_train_step(objective, tx, layout),
         before,
         batch,
         jax.random.key(0),
@@ -515,8 +526,6 @@ def test_parameters_and_optimiser_stay_float32_in_bfloat16(folder: Path) -> None
 
 def test_graphdef_fits_parameters_of_either_attention(folder: Path) -> None:
     config = tiny_config(folder)
-    init_key, _, _ = make_keys(config.seed)
-    assert init_key.shape == ()
-    params = init_state(config, optax.identity())["params"]
+    params = first_state(config)["params"]
     for mode in ("expectation", "sampled"):
-        nnx.merge(make_graphdef(with_attention(config, mode)), params)
+        nnx.merge(LRAObjective(with_attention(config, mode)).make_graphdef(), params)

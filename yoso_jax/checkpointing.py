@@ -23,7 +23,7 @@ class Checkpoints:
 
     Args:
         run_dir: folder of the run; created by the first save.
-        keep_latest: newest checkpoints to keep, besides the one with the best accuracy.
+        keep_latest: newest checkpoints to keep, besides the one with the highest score.
     """
 
     def __init__(self, run_dir: str | Path, keep_latest: int = 2) -> None:
@@ -52,16 +52,14 @@ class Checkpoints:
         finally:
             self._close()
 
-    def save(
-        self, step: int, checkpointables: dict[str, Any], accuracy: float | None = None
-    ) -> None:
+    def save(self, step: int, checkpointables: dict[str, Any], score: float | None = None) -> None:
         """Starts a save and returns when the arrays may be changed again.
 
-        An error of the previous save is raised here. `accuracy` ranks the checkpoint; without
-        it the checkpoint is kept only while it is among the newest.
+        An error of the previous save is raised here. `score`, of a validation, ranks the
+        checkpoint; without it the checkpoint is kept only while it is among the newest.
         """
         self.wait()
-        metrics: dict[str, Any] | None = None if accuracy is None else {"accuracy": accuracy}
+        metrics: dict[str, Any] | None = None if score is None else {"score": score}
         response = self._open().save_checkpointables_async(
             step, checkpointables, force=True, metrics=metrics
         )
@@ -93,8 +91,8 @@ class Checkpoints:
         damaged: dict[int, CheckpointError] = {}
         for step in reversed(self.steps()):
             try:
-                # Older ones too: Orbax refuses the whole folder for one damaged accuracy.
-                self._accuracy(step)
+                # Older ones too: Orbax refuses the whole folder for one damaged metric.
+                self._score(step)
                 if found is None:
                     found = step, self._load(step, abstract)
             except CheckpointError as error:
@@ -114,7 +112,7 @@ class Checkpoints:
 
         Args:
             step: a step, `"latest"` (the newest that can be read) or `"best"` (the one with the
-                highest validation accuracy).
+                highest score).
             abstract: as in `restore_latest`; names left out are not loaded.
 
         Returns:
@@ -153,7 +151,7 @@ class Checkpoints:
             policies = ocp.training.preservation_policies
             best = policies.BestN(
                 n=1,
-                get_metric_fn=lambda metrics: metrics["accuracy"],
+                get_metric_fn=lambda metrics: metrics["score"],
                 keep_checkpoints_without_metrics=False,
             )
             # Any: Orbax 0.12 annotates its policies with another type of checkpoint than it wants.
@@ -184,18 +182,18 @@ class Checkpoints:
         except Exception as error:  # a damaged file surfaces as almost any type
             raise self._unreadable(step, error) from error
 
-    def _accuracy(self, step: int) -> float | None:
+    def _score(self, step: int) -> float | None:
         file = self.directory / str(step) / "metrics" / "metrics"
         try:
-            return json.loads(file.read_bytes())["accuracy"] if file.exists() else None
+            return json.loads(file.read_bytes())["score"] if file.exists() else None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._unreadable(step, error) from error
 
     def _best(self, steps: list[int]) -> int:
-        accuracies = [(self._accuracy(step), step) for step in steps]
-        ranked = [(accuracy, step) for accuracy, step in accuracies if accuracy is not None]
+        scores = [(self._score(step), step) for step in steps]
+        ranked = [(score, step) for score, step in scores if score is not None]
         if not ranked:
-            raise CheckpointError(f"no checkpoint with a validation accuracy in {self.directory}")
+            raise CheckpointError(f"no checkpoint of a validation in {self.directory}")
         return max(ranked)[1]
 
     def _unreadable(self, step: int, error: BaseException) -> CheckpointError:

@@ -23,12 +23,15 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from yoso_jax.config_files import CONFIG_FILE, load_config, resume_conflicts
 from yoso_jax.errors import ConfigError
+from yoso_jax.lra_objective import LRAObjective, majority_baseline
 from yoso_jax.metrics import METRICS_FILE, read_metrics, write_atomically
 from yoso_jax.optim import make_optimizer
-from yoso_jax.train_config import CONFIG_FILE, TrainConfig, load_config, resume_conflicts
-from yoso_jax.trainer import load_data, majority_baseline, make_evaluation, train
-from yoso_jax.training import init_state, make_graphdef, make_keys, make_train_step, restore_params
+from yoso_jax.sharding import make_layout
+from yoso_jax.train_config import TrainConfig
+from yoso_jax.trainer import train
+from yoso_jax.training import init_state, make_keys, make_train_step, restore_params
 
 type Row = dict[str, Any]
 
@@ -165,15 +168,16 @@ def step_bytes(config: TrainConfig) -> int:
     one that took more before.
     """
     tx = make_optimizer(config.optimizer, config.steps)
+    objective, layout = LRAObjective(config), make_layout()
     shape = (config.batch_size, *((2,) if config.model.dual else ()), config.sequence_length)
     batch = {
-        "input_ids": jax.ShapeDtypeStruct(shape, jnp.int32),
-        "attention_mask": jax.ShapeDtypeStruct(shape, jnp.bool),
-        "labels": jax.ShapeDtypeStruct(shape[:1], jnp.int32),
+        "input_ids": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.batch),
+        "attention_mask": jax.ShapeDtypeStruct(shape, jnp.bool, sharding=layout.batch),
+        "labels": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=layout.batch),
     }
-    step: Any = make_train_step(make_graphdef(config), tx, config.log_every)
+    step: Any = make_train_step(objective, tx, layout)
     # A real state, so that a compilation cache finds the very program that was trained with.
-    lowered = step.lower(init_state(config, tx), batch, make_keys(config.seed)[1])
+    lowered = step.lower(init_state(objective, tx, layout), batch, make_keys(config.seed)[1])
     memory = lowered.compile().memory_analysis()
     return (
         memory.argument_size_in_bytes
@@ -234,9 +238,10 @@ def _finished(run: Run) -> Row | None:
 
 def _test(run: Run) -> Row:
     config = run.config
-    data = load_data(config)
-    best_step, params, _ = restore_params(config, "best")
-    test = make_evaluation(config)(params, data.test)
+    objective, layout = LRAObjective.create(config), make_layout()
+    best_step, params, _ = restore_params(objective, "best", layout)
+    _, _, eval_key = make_keys(config.seed)
+    test = objective.make_evaluation(eval_key, layout.put)(params, "test")
     records = read_metrics(Path(config.run_dir) / METRICS_FILE)
     valid = {r["step"]: r["accuracy"] for r in records if r["split"] == "valid"}
     return {
@@ -249,7 +254,7 @@ def _test(run: Run) -> Row:
         "valid_accuracy": valid[best_step],
         "test_loss": test["loss"],
         "test_accuracy": test["accuracy"],
-        "majority_baseline": majority_baseline(data.train, data.test),
+        "majority_baseline": majority_baseline(objective.data.train, objective.data.test),
         "steps_per_s": statistics.median(
             record["steps_per_s"] for record in records if record["split"] == "train"
         ),

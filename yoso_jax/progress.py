@@ -2,7 +2,7 @@
 
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -18,17 +18,24 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class TrainingProgress:
-    """Shows steps/s, tokens/s, loss, accuracy and the time left of a run.
+    """Shows steps/s, tokens/s, loss, metrics and the time left of a run.
 
     Args:
         steps: steps of the run.
         completed: steps already done.
         console: where to write; standard output by default.
+        metrics: of training, to show besides the loss.
     """
 
-    def __init__(self, steps: int, completed: int = 0, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        steps: int,
+        completed: int = 0,
+        console: Console | None = None,
+        metrics: Sequence[str] = (),
+    ) -> None:
         self.console = console or Console()
-        self._steps = steps
+        self._steps, self._metrics = steps, metrics
         self._last_line = -_SECONDS_BETWEEN_LINES
         self._bar = Progress(
             BarColumn(bar_width=None),
@@ -63,9 +70,9 @@ class TrainingProgress:
 
     def train(self, record: Mapping[str, Any]) -> None:
         """Shows one record of training metrics."""
+        metrics = "".join(f"{name} {record[name]:.3f} " for name in ("loss", *self._metrics))
         text = (
-            f"loss {record['loss']:.3f} acc {record['accuracy']:.3f} "
-            f"{record['steps_per_s']:.1f} steps/s {record['tokens_per_s']:,.0f} tokens/s"
+            f"{metrics}{record['steps_per_s']:.1f} steps/s {record['tokens_per_s']:,.0f} tokens/s"
         )
         self._bar.update(self._task, text=text)
         if not self.console.is_terminal:
@@ -76,10 +83,10 @@ class TrainingProgress:
 
     def valid(self, record: Mapping[str, Any]) -> None:
         """Shows one validation."""
-        self.say(
-            f"step {record['step']}/{self._steps} validation loss {record['loss']:.3f} "
-            f"accuracy {record['accuracy']:.3f}"
-        )
+        numbers = {k: v for k, v in record.items() if k not in ("step", "split", "time")}
+        text = " ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+        what = record["split"].replace("valid", "validation")
+        self.say(f"step {record['step']}/{self._steps} {what} {text}")
 
     def say(self, text: str) -> None:
         """Writes a line above the bar."""

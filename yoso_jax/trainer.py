@@ -5,84 +5,103 @@ import math
 import signal
 import textwrap
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from rich.console import Console
 
 from yoso_jax.checkpointing import Checkpoints
-from yoso_jax.data.listops import read_published
-from yoso_jax.data.pipeline import eval_batches, make_iterator
-from yoso_jax.data.splits import Split, TaskData
-from yoso_jax.data.tasks import load_task
+from yoso_jax.config_files import CONFIG_FILE, dump_config, load_config, resume_conflicts
 from yoso_jax.errors import (
     ConfigError,
-    DataError,
     DiskFullError,
     Interrupted,
     NonFiniteError,
     is_disk_full,
     root_cause,
 )
-from yoso_jax.metrics import MetricsWriter, Throughput, plot_curves, write_atomically
-from yoso_jax.optim import make_optimizer, make_schedule
-from yoso_jax.progress import TrainingProgress
-from yoso_jax.signals import StopSignals
-from yoso_jax.train_config import (
-    CONFIG_FILE,
-    TrainConfig,
-    dump_config,
-    load_config,
-    resume_conflicts,
+from yoso_jax.kinds import make_objective
+from yoso_jax.metrics import (
+    METRICS_FILE,
+    MetricsWriter,
+    Throughput,
+    check_tensorboard,
+    plot_curves,
+    read_metrics,
+    score_name,
+    write_atomically,
 )
+from yoso_jax.objective import Evaluation, Objective
+from yoso_jax.optim import make_optimizer, make_schedule
+from yoso_jax.profiling import Profiler
+from yoso_jax.progress import TrainingProgress
+from yoso_jax.run_config import RunConfig
+from yoso_jax.sharding import Layout, make_train_layout
+from yoso_jax.signals import StopSignals
 from yoso_jax.training import (
     State,
-    abstract_like,
-    evaluate,
+    abstract_state,
+    evaluated_params,
+    from_checkpoint,
     init_state,
-    make_eval_step,
-    make_graphdef,
     make_keys,
     make_train_step,
+    restore_params,
+    to_checkpoint,
     window_means,
 )
 
 RESULTS_FILE = "results.json"
+BAD_BATCH_FILE = "bad_batch.npz"
+PROFILE_FOLDER = "profile"
 
 
 def train(
-    config: TrainConfig, *, resume: bool = False, console: Console | None = None
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    profile: bool = False,
+    console: Console | None = None,
 ) -> dict[str, Any] | None:
-    """Trains, validates and saves as configured, then evaluates on the test split.
+    """Trains, validates and saves as configured, then tests.
 
-    Writes to `config.run_dir`: `config.yaml`, `checkpoints/`, `metrics.jsonl`, `results.json` and
-    `curves.png`. On Ctrl-C or SIGTERM the step under way is finished and saved.
+    Writes to `config.run_dir`: `config.yaml`, `checkpoints/`, `metrics.jsonl`, `results.json`,
+    `curves.png`, and what the kind of run keeps. On Ctrl-C or SIGTERM the step under way is
+    finished and saved. Everything is written by the first process, if there are several.
 
     Args:
         config: the run.
         resume: continue the run in `config.run_dir` from its newest checkpoint that can be read.
             On a CPU the continued run equals an uninterrupted one bit for bit.
+        profile: trace a few steps with JAX's profiler to `run_dir/profile`.
         console: where progress is shown; standard output by default.
 
     Returns:
         What `results.json` holds; None if SIGTERM stopped the run.
 
     Raises:
-        ConfigError: the run folder is taken, or holds a run that this configuration cannot resume.
-        DataError: see `load_data`.
-        CheckpointError: no checkpoint can be read.
+        ConfigError: the run folder is taken, or holds a run that this configuration cannot resume;
+            see also `yoso_jax.kinds.make_objective`.
+        DataError: see `yoso_jax.kinds.make_objective`.
+        CheckpointError: no checkpoint can be read, or that to start from.
         NonFiniteError: the loss or its gradient is not finite; that state is not saved.
         DiskFullError: the last complete checkpoint can still be used.
         Interrupted: Ctrl-C; the state was saved.
     """
     checkpoints = Checkpoints(config.run_dir, config.keep_latest)
     try:
+        _check_run_dir(Path(config.run_dir), config, resume)
+        if config.tensorboard:
+            check_tensorboard()
+        layout = make_train_layout(config)
+        objective = make_objective(config)
         with checkpoints:
-            return _train(config, resume, checkpoints, console)
+            return _train(objective, layout, checkpoints, resume, profile, console)
     except Exception as error:
         if not is_disk_full(error):
             raise
@@ -92,104 +111,55 @@ def train(
         ) from error
 
 
-def load_data(config: TrainConfig) -> TaskData:
-    """The three splits, read from `tsv_dir` or `data_dir`, or generated (and kept) in `data_dir`.
-
-    Raises:
-        DataError: the files are missing or damaged, or cannot be made.
-        ConfigError: an example is longer than `sequence_length`.
-    """
-    try:
-        if config.tsv_dir is None:
-            data = load_task(config.data, config.data_dir, config.sequence_length)
-        else:
-            data = read_published(config.tsv_dir)
-    except OSError as error:
-        if is_disk_full(error):
-            raise
-        raise DataError(f"cannot read or prepare the data: {error}") from error
-    longest = max(int(split.lengths.max()) for split in (data.train, data.valid, data.test))
-    if longest > config.sequence_length:
-        raise ConfigError(
-            f"sequence_length must be at least {longest}, the longest example in {data.folder}, "
-            f"got {config.sequence_length}"
-        )
-    return data
-
-
-def make_evaluation(config: TrainConfig) -> Callable[[PyTree, Split], dict[str, float]]:
-    """A function from parameters and a split to loss and accuracy, hashed by the run's seed."""
-    _, _, eval_key = make_keys(config.seed)
-    eval_step = make_eval_step(make_graphdef(config))
-
-    def evaluation(params: PyTree, split: Split) -> dict[str, float]:
-        batches = eval_batches(
-            split, batch_size=config.eval_batch_size, max_length=config.sequence_length
-        )
-        return evaluate(eval_step, params, batches, eval_key)
-
-    return evaluation
-
-
-def majority_baseline(train: Split, split: Split) -> float:
-    """Accuracy on `split` of always answering the most frequent label of `train`."""
-    return float((split.labels == np.bincount(train.labels).argmax()).mean())
-
-
-def describe_accuracy(config: TrainConfig, accuracy: float, baseline: float) -> str:
-    """E.g. `60.1% (sampled attention), majority baseline 20.0%, +40.1 points`."""
-    mode = "sampled" if config.model.is_sampled else "expectation"
-    if config.model.attention == "softmax":
-        mode = "softmax"
-    return (
-        f"{accuracy:.1%} ({mode} attention), majority baseline {baseline:.1%}, "
-        f"{100 * (accuracy - baseline):+.1f} points"
-    )
-
-
 def _train(
-    config: TrainConfig, resume: bool, checkpoints: Checkpoints, console: Console | None
+    objective: Objective,
+    layout: Layout,
+    checkpoints: Checkpoints,
+    resume: bool,
+    profile: bool,
+    console: Console | None,
 ) -> dict[str, Any] | None:
-    run_dir = Path(config.run_dir)
-    _check_run_dir(run_dir, config, resume)
-    data = load_data(config)
-    iterator = make_iterator(
-        data.train,
-        batch_size=config.batch_size,
-        max_length=config.sequence_length,
-        seed=config.seed,
-        shuffle=True,
-    )
-    _, train_key, _ = make_keys(config.seed)
+    config, run_dir = objective.config, Path(objective.config.run_dir)
+    _, train_key, eval_key = make_keys(config.seed)
     tx = make_optimizer(config.optimizer, config.steps)
     schedule = make_schedule(config.optimizer, config.steps)
-    train_step = make_train_step(make_graphdef(config), tx, config.log_every)
-    evaluation = make_evaluation(config)
+    train_step = make_train_step(objective, tx, layout)
+    evaluation = objective.make_evaluation(eval_key, layout.put)
 
-    state = init_state(config, tx)
-    notes: list[str] = []
-    if resume and checkpoints.steps():
-        _, restored, notes = checkpoints.restore_latest(
-            {**_to_checkpoint(abstract_like(state)), "data": iterator}
-        )
-        state = _from_checkpoint(restored)
+    state, notes = _first_state(objective, tx, layout, checkpoints, resume)
     start = int(state["step"])
-    _write_config(run_dir, config)
+    iterator = objective.make_iterator(start)
+    is_first = jax.process_index() == 0
+    if is_first:
+        _write_config(run_dir, config)
 
     with (
         StopSignals() as signals,
-        MetricsWriter(run_dir, start) as metrics,
-        TrainingProgress(config.steps, start, console) as progress,
+        MetricsWriter(run_dir if is_first else None, start, config.tensorboard) as metrics,
+        TrainingProgress(
+            config.steps,
+            start,
+            console if is_first else Console(quiet=True),
+            objective.train_metrics,
+        ) as progress,
+        Profiler(run_dir / PROFILE_FOLDER if profile else None) as profiler,
     ):
-        for note in notes:
+        for note in (*objective.notes, *notes):
             progress.say(note)
         if resume:
             progress.say(f"resuming {run_dir} from step {start}")
+        scores = _scores(run_dir, objective.valid_splits[0], start)
         throughput = Throughput()
-        for step in range(start + 1, config.steps + 1):
-            batch = next(iterator)
-            state = train_step(state, batch, train_key)
-            throughput.add(int(batch["attention_mask"].sum()))
+        step = start
+        while step < config.steps and not _is_over(scores, config.patience):
+            step += 1
+            with throughput.waiting():
+                batch = next(iterator)
+            with profiler.step(step - start):
+                # Both return before the device is done: it is never waited for here, and the next
+                # batch is copied while it computes.
+                state = train_step(state, layout.put(batch), train_key)
+            throughput.add(int(np.sum(batch["attention_mask"])))
             if step == start + 1:
                 jax.block_until_ready(state)
                 throughput.restart()  # the first step, which compiles, is not counted
@@ -198,9 +168,9 @@ def _train(
             last = step == config.steps
             log = last or step % config.log_every == 0
             validate = last or step % config.evaluate_every == 0
-            stop = signals.received
+            stop = _agree(signals.received, log)
             if log or validate or stop:
-                _check_finite(int(state["window"]["bad_step"]), checkpoints)
+                _check_finite(int(state["window"]["bad_step"]), objective, checkpoints)
             if log:
                 record = {
                     "step": step,
@@ -212,17 +182,19 @@ def _train(
                 }
                 metrics.write(record)
                 progress.train(record)
-            accuracy = None
             if validate:
                 with throughput.paused():
-                    result = evaluation(state["params"], data.valid)
-                _check_finite(0 if math.isfinite(result["loss"]) else step, checkpoints)
-                record = {"step": step, "split": "valid", **result, "time": time.time()}
-                metrics.write(record)
-                progress.valid(record)
-                accuracy = result["accuracy"]
+                    results = _validate(objective, evaluation, evaluated_params(state))
+                bad = any(not math.isfinite(found["loss"]) for found in results.values())
+                _check_finite(step if bad else 0, objective, checkpoints)
+                for split, found in results.items():
+                    record = {"step": step, "split": split, **found, "time": time.time()}
+                    metrics.write(record)
+                    progress.valid(record)
+                first = results[objective.valid_splits[0]]
+                scores.append(first[score_name(first)])
             if validate or stop:
-                checkpoints.save(step, {**_to_checkpoint(state), "data": iterator}, accuracy)
+                checkpoints.save(step, to_checkpoint(state), scores[-1] if validate else None)
             if stop:
                 progress.stop()
                 checkpoints.wait()
@@ -233,39 +205,80 @@ def _train(
                 return None
         checkpoints.wait()
         progress.stop()
-        return _finish(config, data, evaluation(state["params"], data.test), progress)
+        if step < config.steps:
+            progress.say(f"ended at step {step}: no new best in {config.patience} validations")
+        return _finish(objective, layout, evaluation, step, evaluated_params(state), progress)
+
+
+def _first_state(
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    layout: Layout,
+    checkpoints: Checkpoints,
+    resume: bool,
+) -> tuple[State, list[str]]:
+    """That of the newest checkpoint to resume from, or a new one; and what to tell of it."""
+    if not (resume and checkpoints.steps()):
+        return init_state(objective, tx, layout), []
+    abstract = layout.abstract(abstract_state(objective, tx))
+    _, restored, notes = checkpoints.restore_latest(to_checkpoint(abstract))
+    return from_checkpoint(restored), notes
+
+
+def _validate(
+    objective: Objective, evaluation: Evaluation, params: PyTree
+) -> dict[str, dict[str, float]]:
+    return {split: evaluation(params, split) for split in objective.valid_splits}
+
+
+def _scores(run_dir: Path, split: str, step: int) -> list[float]:
+    """What validations up to a step gave, for a run to know when to end after it was resumed."""
+    return [
+        record[score_name(record)]
+        for record in read_metrics(run_dir / METRICS_FILE)
+        if record["split"] == split and record["step"] <= step
+    ]
+
+
+def _is_over(scores: list[float], patience: int | None) -> bool:
+    """Whether the best score is `patience` validations old."""
+    if patience is None or not scores:
+        return False
+    return len(scores) - 1 - scores.index(max(scores)) >= patience
+
+
+def _agree(stop: signal.Signals | None, log: bool) -> signal.Signals | None:
+    """The signal to stop at, the same for all processes, which ask each other when they log."""
+    if jax.process_count() == 1:
+        return stop
+    if not log:
+        return None
+    number = int(np.max(multihost_utils.process_allgather(np.int32(stop or 0))))
+    return signal.Signals(number) if number else None
 
 
 def _finish(
-    config: TrainConfig, data: TaskData, test: dict[str, float], progress: TrainingProgress
+    objective: Objective,
+    layout: Layout,
+    evaluation: Evaluation,
+    step: int,
+    params: PyTree,
+    progress: TrainingProgress,
 ) -> dict[str, Any]:
-    run_dir = Path(config.run_dir)
-    baseline = majority_baseline(data.train, data.test)
-    results = {
-        "step": config.steps,
-        "test_loss": test["loss"],
-        "test_accuracy": test["accuracy"],
-        "majority_baseline": baseline,
-        "use_expectation": config.model.use_expectation,
-    }
-    write_atomically(run_dir / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
-    progress.say(f"test accuracy {describe_accuracy(config, test['accuracy'], baseline)}")
-    if plot_curves(run_dir) is None:
-        progress.say("curves.png was not drawn: matplotlib is not installed")
+    run_dir = Path(objective.config.run_dir)
+    if objective.config.final_checkpoint == "best":
+        step, params, notes = restore_params(objective, "best", layout)
+        for note in (*notes, f"testing the best checkpoint, of step {step}"):
+            progress.say(note)
+    results = {"step": step, **objective.finish(params, evaluation, progress.say)}
+    if jax.process_index() == 0:
+        write_atomically(run_dir / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
+        if plot_curves(run_dir) is None:
+            progress.say("curves.png was not drawn: matplotlib is not installed")
     return results
 
 
-def _to_checkpoint(state: State) -> dict[str, Any]:
-    # Parameters apart, so that an evaluation need not read the optimiser.
-    training = {name: value for name, value in state.items() if name != "params"}
-    return {"params": state["params"], "training": training}
-
-
-def _from_checkpoint(restored: dict[str, Any]) -> State:
-    return {"params": restored["params"], **restored["training"]}
-
-
-def _check_run_dir(run_dir: Path, config: TrainConfig, resume: bool) -> None:
+def _check_run_dir(run_dir: Path, config: RunConfig, resume: bool) -> None:
     saved = run_dir / CONFIG_FILE
     if not resume:
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
@@ -283,7 +296,7 @@ def _check_run_dir(run_dir: Path, config: TrainConfig, resume: bool) -> None:
         )
 
 
-def _write_config(run_dir: Path, config: TrainConfig) -> None:
+def _write_config(run_dir: Path, config: RunConfig) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / CONFIG_FILE, dump_config(config))
@@ -293,14 +306,23 @@ def _write_config(run_dir: Path, config: TrainConfig) -> None:
         raise ConfigError(f"cannot write to run_dir {run_dir}: {error.strerror}") from error
 
 
-def _check_finite(bad_step: int, checkpoints: Checkpoints) -> None:
+def _check_finite(bad_step: int, objective: Objective, checkpoints: Checkpoints) -> None:
     if bad_step:
         checkpoints.wait()
         raise NonFiniteError(
             f"the loss or its gradient is not finite at step {bad_step}; "
-            f"{_last_checkpoint(checkpoints)}. "
+            f"{_last_checkpoint(checkpoints)}. Its batch is in {_save_batch(objective, bad_step)}. "
             "A lower optimizer.learning_rate or optimizer.clip_norm may help"
         )
+
+
+def _save_batch(objective: Objective, step: int) -> Path:
+    """Writes the batch of a step, made once more."""
+    path = Path(objective.config.run_dir) / BAD_BATCH_FILE
+    if jax.process_index() == 0:
+        arrays: dict[str, Any] = dict(next(objective.make_iterator(step - 1)))
+        np.savez(path, **arrays)
+    return path
 
 
 def _last_checkpoint(checkpoints: Checkpoints) -> str:

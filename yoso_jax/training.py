@@ -1,32 +1,26 @@
-"""Train state, compiled step and evaluation; `yoso_jax.trainer` has the loop."""
+"""Train state, compiled step and parameters of a checkpoint; `yoso_jax.trainer` has the loop."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Key, PyTree
 
 from yoso_jax.checkpointing import Checkpoints
-from yoso_jax.lra import LRAClassifier
-from yoso_jax.optim import make_optimizer
-from yoso_jax.train_config import TrainConfig
+from yoso_jax.objective import Batch, Objective
+from yoso_jax.sharding import Layout
 
 State = dict[str, Any]
-"""`step` (int32, updates made), `params`, `opt_state`, and `window`: sums of the metrics over the
-last `steps` steps, and `bad_step`, the first of them that was not finite (0 for none). The window
-is part of the state so that a resumed run logs the same means."""
-
-Batch = Mapping[str, Array | np.ndarray]
-"""What `yoso_jax.data.pipeline` yields."""
+"""`step` (int32, updates made), `params`, `ema` (their moving average, or None), `opt_state`, and
+`window`: sums of the metrics over the last `steps` steps, and `bad_step`, the first of them that
+was not finite (0 for none). The window is part of the state so that a resumed run logs the same
+means."""
 
 TrainStep = Callable[[State, Batch, Key[Array, ""]], State]
-EvalStep = Callable[[PyTree, Batch, Key[Array, ""]], dict[str, Array]]
 
 
 def make_keys(seed: int) -> tuple[Key[Array, ""], Key[Array, ""], Key[Array, ""]]:
@@ -35,50 +29,61 @@ def make_keys(seed: int) -> tuple[Key[Array, ""], Key[Array, ""], Key[Array, ""]
     return init_key, train_key, eval_key
 
 
-def make_model(config: TrainConfig, key: Key[Array, ""]) -> LRAClassifier:
-    """The classifier of a run, with float32 parameters drawn from `key`."""
-    return LRAClassifier(
-        config.model, dtype=jnp.dtype(config.dtype), param_dtype=jnp.float32, rngs=nnx.Rngs(key)
-    )
+def abstract_state(objective: Objective, tx: optax.GradientTransformation) -> State:
+    """Shapes and types of the state."""
+    params = nnx.state(objective.make_abstract_model(), nnx.Param)
+    return jax.eval_shape(lambda params: _new_state(objective, tx, params), params)
 
 
-def make_graphdef(config: TrainConfig) -> nnx.GraphDef:
-    """The structure of the model, to `nnx.merge` with parameters; allocates nothing."""
-    return nnx.graphdef(nnx.eval_shape(lambda: make_model(config, jax.random.key(0))))
+def init_state(objective: Objective, tx: optax.GradientTransformation, layout: Layout) -> State:
+    """A new state, float32, determined by the run's seed."""
+    init_key, _, _ = make_keys(objective.config.seed)
+    shardings = layout.of(abstract_state(objective, tx))
+    if objective.reads_parameters:
+        params = jax.device_put(objective.init_params(init_key), shardings["params"])
+        make = jax.jit(lambda params: _new_state(objective, tx, params), out_shardings=shardings)
+        return make(params)
 
-
-def init_state(config: TrainConfig, tx: optax.GradientTransformation) -> State:
-    """A new state, float32, determined by `config.seed`."""
-    init_key, _, _ = make_keys(config.seed)
-
-    @jax.jit
     def init() -> State:
-        params = nnx.state(make_model(config, init_key), nnx.Param)
-        return {
-            "step": jnp.int32(0),
-            "params": params,
-            "opt_state": tx.init(params),
-            "window": {
-                "steps": jnp.int32(0),
-                "bad_step": jnp.int32(0),
-                "loss": jnp.float32(0),
-                "accuracy": jnp.float32(0),
-                "grad_norm": jnp.float32(0),
-            },
-        }
+        params = nnx.state(objective.make_model(init_key), nnx.Param)
+        return _new_state(objective, tx, params)
 
-    # Bound to a device, as a restored state is, so that both run the same compiled step.
-    return jax.device_put(init(), jax.devices()[0])
+    return jax.jit(init, out_shardings=shardings)()
+
+
+def _new_state(objective: Objective, tx: optax.GradientTransformation, params: PyTree) -> State:
+    names = ("loss", *objective.train_metrics, "grad_norm")
+    return {
+        "step": jnp.int32(0),
+        "params": params,
+        # Copied, for the step takes over the buffers of both.
+        "ema": None if objective.config.ema_decay is None else jax.tree.map(jnp.copy, params),
+        "opt_state": tx.init(params),
+        "window": {
+            "steps": jnp.int32(0),
+            "bad_step": jnp.int32(0),
+            **{name: jnp.float32(0) for name in names},
+        },
+    }
+
+
+def evaluated_params(state: State) -> PyTree:
+    """The parameters that are evaluated: their moving average, if there is one."""
+    return state["params"] if state["ema"] is None else state["ema"]
 
 
 def window_means(window: dict[str, Array]) -> dict[str, float]:
-    """Mean loss, accuracy and gradient norm over the steps of a window."""
+    """Means of loss, metrics and gradient norm over the steps of a window."""
     steps = int(window["steps"])
-    return {name: float(window[name]) / steps for name in ("loss", "accuracy", "grad_norm")}
+    return {
+        name: float(total) / steps
+        for name, total in window.items()
+        if name not in ("steps", "bad_step")
+    }
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, log_every: int
+    objective: Objective, tx: optax.GradientTransformation, layout: Layout
 ) -> TrainStep:
     """Compiles one update, `(state, batch, key) -> state`; it takes over (donates) the state.
 
@@ -86,108 +91,99 @@ def make_train_step(
     number of the step, so no random state is saved.
 
     Args:
-        graphdef: see `make_graphdef`.
+        objective: gives loss, metrics and configuration. A new window begins after every step that
+            is a multiple of `log_every`.
         tx: see `yoso_jax.optim.make_optimizer`.
-        log_every: a new window begins after every step that is a multiple of it.
+        layout: of the state.
     """
+    config, graphdef = objective.config, objective.make_graphdef()
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    def loss_fn(
+        params: PyTree, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[Array, dict[str, Array]]:
+        dropout_key, hash_key = jax.random.split(key)
+        rngs = nnx.Rngs(dropout=dropout_key, hash=hash_key)
+        return objective.loss(nnx.merge(graphdef, params), batch, rngs)
+
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def accumulate(params: PyTree, batch: Batch, key: Key[Array, ""]) -> Any:
+        # Part i has the rows i, i + parts, ...: as many of one device as of another.
+        parts = config.accumulation_steps
+        rows = jax.tree.map(
+            lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), dict(batch)
+        )
+
+        def add(total: PyTree, part: tuple[Array, Batch]) -> tuple[PyTree, None]:
+            number, batch = part
+            found = gradient(params, batch, jax.random.fold_in(key, number))
+            return jax.tree.map(lambda a, b: a + b / parts, total, found), None
+
+        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], rows), key)
+        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.lax.scan(add, zero, (jnp.arange(parts), rows))[0]
+
     def train_step(state: State, batch: Batch, key: Key[Array, ""]) -> State:
-        dropout_key, hash_key = jax.random.split(jax.random.fold_in(key, state["step"]))
-
-        def loss_fn(params: PyTree) -> tuple[Array, Array]:
-            output = nnx.merge(graphdef, params)(
-                batch["input_ids"],
-                batch["attention_mask"],
-                labels=batch["labels"],
-                deterministic=False,
-                rngs=nnx.Rngs(dropout=dropout_key, hash=hash_key),
-            )
-            return output.loss, output.logits
-
-        (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"])
+        key = jax.random.fold_in(key, state["step"])
+        compute = gradient if config.accumulation_steps == 1 else accumulate
+        (loss, metrics), grads = compute(state["params"], batch, key)
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
         step, grad_norm = state["step"] + 1, optax.tree.norm(grads)
-        logged = state["step"] % log_every == 0
+        params = optax.apply_updates(state["params"], updates)
+        logged = state["step"] % config.log_every == 0
         window = jax.tree.map(lambda total: jnp.where(logged, 0, total), state["window"])
         first_bad = (window["bad_step"] == 0) & ~jnp.isfinite(loss + grad_norm)
+        ema = state["ema"]
+        if config.ema_decay is not None:
+            decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
+            ema = optax.incremental_update(params, ema, 1 - decay)
+        added = {"loss": loss, **metrics, "grad_norm": grad_norm}
         return {
             "step": step,
-            "params": optax.apply_updates(state["params"], updates),
+            "params": params,
+            "ema": ema,
             "opt_state": opt_state,
             "window": {
                 "steps": window["steps"] + 1,
                 "bad_step": jnp.where(first_bad, step, window["bad_step"]),
-                "loss": window["loss"] + loss,
-                "accuracy": window["accuracy"] + (logits.argmax(-1) == batch["labels"]).mean(),
-                "grad_norm": window["grad_norm"] + grad_norm,
+                **{name: window[name] + value for name, value in added.items()},
             },
         }
 
-    return train_step
+    shardings = layout.of(abstract_state(objective, tx))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
 
 
-def make_eval_step(graphdef: nnx.GraphDef) -> EvalStep:
-    """Compiles sums over a batch: `(params, batch, hash key) -> {loss, correct, weight}`."""
-
-    @jax.jit
-    def eval_step(params: PyTree, batch: Batch, key: Key[Array, ""]) -> dict[str, Array]:
-        model = nnx.merge(graphdef, params)
-        output = model(batch["input_ids"], batch["attention_mask"], rngs=nnx.Rngs(hash=key))
-        logits, labels, weight = output.logits, batch["labels"], batch["weight"]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
-        return {
-            "loss": (losses * weight).sum(),
-            "correct": ((logits.argmax(-1) == labels) * weight).sum(),
-            "weight": weight.sum(),
-        }
-
-    return eval_step
-
-
-def evaluate(
-    eval_step: EvalStep, params: PyTree, batches: Iterable[Batch], key: Key[Array, ""]
-) -> dict[str, float]:
-    """Mean loss and accuracy over all examples.
-
-    Args:
-        eval_step: see `make_eval_step`.
-        params: the parameters.
-        batches: see `yoso_jax.data.pipeline.eval_batches`.
-        key: root of the hashes, folded with the number of the batch: the same key gives the same
-            result.
-    """
-    sums = [
-        eval_step(params, batch, jax.random.fold_in(key, number))
-        for number, batch in enumerate(batches)
-    ]
-    loss, correct, weight = (
-        float(np.sum([each[name] for each in sums], dtype=np.float64))
-        for name in ("loss", "correct", "weight")
-    )
-    return {"loss": loss / weight, "accuracy": correct / weight}
-
-
-def with_attention(config: TrainConfig, mode: Literal["expectation", "sampled"]) -> TrainConfig:
+def with_attention[Config: Any](config: Config, mode: Literal["expectation", "sampled"]) -> Config:
     """The same run with attention in expectation (YOSO-E) or sampled; the parameters fit both."""
     model = dataclasses.replace(config.model, use_expectation=mode == "expectation")
     return dataclasses.replace(config, model=model)
 
 
-def abstract_like(tree: PyTree) -> PyTree:
-    """Shapes and types of a tree's leaves, placed on the first device, for restoring."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
-    )
+def to_checkpoint(state: State) -> dict[str, Any]:
+    """The state by parts: what is evaluated apart, so that an evaluation need not read the rest."""
+    training = {name: state[name] for name in ("step", "opt_state", "window")}
+    if state["ema"] is not None:
+        training["raw_params"] = state["params"]
+    return {"params": evaluated_params(state), "training": training}
+
+
+def from_checkpoint(restored: dict[str, Any]) -> State:
+    """The state of the parts that `to_checkpoint` made."""
+    training, params = dict(restored["training"]), restored["params"]
+    raw = training.pop("raw_params", None)
+    return {
+        **training,
+        "params": params if raw is None else raw,
+        "ema": None if raw is None else params,
+    }
 
 
 def restore_params(
-    config: TrainConfig, step: int | Literal["latest", "best"]
+    objective: Objective, step: int | Literal["latest", "best"], layout: Layout
 ) -> tuple[int, PyTree, list[str]]:
-    """Reads the parameters from a checkpoint of the run; see `Checkpoints.restore`."""
-    tx = make_optimizer(config.optimizer, config.steps)
-    abstract = abstract_like(jax.eval_shape(lambda: init_state(config, tx))["params"])
-    with Checkpoints(config.run_dir) as checkpoints:
-        found, restored, notes = checkpoints.restore(step, {"params": abstract})
+    """Reads the parameters to evaluate from a checkpoint of the run; see `Checkpoints.restore`."""
+    params = nnx.state(objective.make_abstract_model(), nnx.Param)
+    with Checkpoints(objective.config.run_dir) as checkpoints:
+        found, restored, notes = checkpoints.restore(step, {"params": layout.abstract(params)})
     return found, restored["params"], notes

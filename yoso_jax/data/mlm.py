@@ -114,6 +114,7 @@ def train_batches(
     batch_size: int,
     num_epochs: int | None = None,
     num_workers: int = 0,
+    start: int = 0,
 ) -> grain.DatasetIterator[Batch]:
     """Makes a resumable iterator of batches, of the blocks of a stream in random order.
 
@@ -128,6 +129,7 @@ def train_batches(
       num_epochs: how often to go through the stream, after which a batch that is not full is
         dropped; None repeats it for ever.
       num_workers: processes that prepare batches; 0 prepares them in threads of this one.
+      start: number of the first batch.
 
     Returns:
       Batches of examples, stacked; see `ExampleMaker.__call__`.
@@ -140,7 +142,7 @@ def train_batches(
         .map_with_index(maker)
         .batch(batch_size, drop_remainder=True)
     )
-    return iterate(dataset, num_workers)
+    return iterate(dataset, num_workers, start)
 
 
 def eval_batches(

@@ -25,6 +25,7 @@ def make_iterator(
     num_epochs: int | None = None,
     drop_remainder: bool = True,
     num_workers: int = 0,
+    start: int = 0,
 ) -> grain.DatasetIterator[Batch]:
     """Makes a resumable iterator of training batches.
 
@@ -33,8 +34,9 @@ def make_iterator(
     True on tokens. Batches depend on `seed` alone, not on `num_workers`. Epochs follow each other
     without a gap: a batch may hold the end of one and the start of the next.
 
-    The position is saved with `get_state` and `set_state`, or by Orbax with the iterator as a
-    checkpointable; it is exact, and holds for an iterator made with the same arguments.
+    The position is exact: `start`, the batches already drawn, is all there is to it, so it holds
+    for any `num_workers`. It can also be saved with `get_state` and `set_state`, or by Orbax with
+    the iterator as a checkpointable, for an iterator made with the same arguments.
 
     Args:
       source: random access to `{"input_ids": integer [length], "labels": integer}`; for pairs
@@ -46,6 +48,7 @@ def make_iterator(
       num_epochs: how often to go through `source`; None repeats it for ever.
       drop_remainder: drop a last batch that is not full, so that all shapes are equal.
       num_workers: processes that prepare batches; 0 prepares them in threads of this one.
+      start: number of the first batch, >= 0; those before it are not prepared.
 
     Raises:
       ValueError: an argument or an example is out of range; the message names it. An example of a
@@ -55,6 +58,7 @@ def make_iterator(
     _check_integer("batch_size", batch_size, minimum=1)
     _check_integer("seed", seed, minimum=0)
     _check_integer("num_workers", num_workers, minimum=0)
+    _check_integer("start", start, minimum=0)
     if num_epochs is not None:
         _check_integer("num_epochs", num_epochs, minimum=1)
         num_examples = num_epochs * len(source)
@@ -71,6 +75,7 @@ def make_iterator(
         .map(functools.partial(_pad, max_length=max_length))
         .batch(batch_size, drop_remainder=drop_remainder),
         num_workers,
+        start,
     )
 
 
@@ -83,15 +88,20 @@ def shuffle_seed(seed: int) -> int:
     return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
-def iterate(dataset: grain.MapDataset[Batch], num_workers: int) -> grain.DatasetIterator[Batch]:
-    """A resumable iterator of batches, prepared by processes, or by threads if there are none."""
+def iterate(
+    dataset: grain.MapDataset[Batch], num_workers: int, start: int
+) -> grain.DatasetIterator[Batch]:
+    """A resumable iterator of batches from number `start` on.
+
+    They are prepared by processes, or by threads if there are none.
+    """
     if num_workers and not flags.FLAGS.is_parsed():
         # Grain's workers read absl flags, which only an absl.app program parses.
         flags.FLAGS.mark_as_parsed()
     return iter(
-        dataset.to_iter_dataset(READ_OPTIONS).mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=num_workers)
-        )
+        dataset[start:]
+        .to_iter_dataset(READ_OPTIONS)
+        .mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     )
 
 

@@ -12,7 +12,14 @@ from yoso_jax.losses import IGNORED
 
 
 def train_batches(
-    features: Features, *, batch_size: int, max_length: int, pad_id: int, seed: int
+    features: Features,
+    *,
+    batch_size: int,
+    max_length: int,
+    pad_id: int,
+    seed: int,
+    num_workers: int = 0,
+    start: int = 0,
 ) -> grain.DatasetIterator[Batch]:
     """Makes a resumable iterator of batches, without end, each epoch in its own random order.
 
@@ -22,6 +29,8 @@ def train_batches(
         max_length: T, at least the length of every row.
         pad_id: fills rows up.
         seed: >= 0; orders the rows.
+        num_workers: processes that prepare batches; 0 prepares them in threads of this one.
+        start: number of the first batch.
 
     Returns:
         Batches of what a model is called with, see `pad_row`.
@@ -32,7 +41,8 @@ def train_batches(
         .repeat(None)
         .map(functools.partial(pad_row, max_length=max_length, pad_id=pad_id))
         .batch(batch_size, drop_remainder=True),
-        num_workers=0,
+        num_workers,
+        start,
     )
 
 

@@ -1,16 +1,11 @@
-"""What a fine-tuned model leaves behind: metrics, predictions, and itself."""
+"""The metrics of a fine-tuned model, and its predictions."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from yoso_jax.finetuning.task import Outputs, Task
-from yoso_jax.metrics import write_atomically
 
-METRICS_FILE = "metrics.json"
 PREDICTIONS_FOLDER = "predictions"
-MODEL_FOLDER = "model"
 
 
 def evaluate(task: Task, split: str, outputs: Outputs) -> dict[str, float]:
@@ -19,16 +14,15 @@ def evaluate(task: Task, split: str, outputs: Outputs) -> dict[str, float]:
 
 
 def write_results(
-    task: Task, predict: Callable[[str], Outputs], run_dir: Path
-) -> tuple[dict[str, Any], list[Path]]:
+    task: Task, predict: Callable[[str], Outputs], run_dir: Path | None
+) -> tuple[dict[str, dict[str, float]], list[Path]]:
     """Evaluates all splits but `train`, and predicts the tests, or what there is instead.
 
     Args:
         task: what was fine-tuned.
         predict: the outputs of a split.
-        run_dir: gets `metrics.json`, an object of metrics by split, and in `predictions/` the files
-            of `Task.write_predictions`: of the tests, or of the validation splits if there are
-            none.
+        run_dir: gets in `predictions/` the files of `Task.write_predictions`: of the tests, or of
+            the validation splits if there are none. None: nothing is written.
 
     Returns:
         The metrics by split, and the files of predictions.
@@ -40,8 +34,6 @@ def write_results(
         outputs = predict(name)
         if task.splits[name].has_labels:
             metrics[name] = evaluate(task, name, outputs)
-        if name in (tests or names):
+        if run_dir is not None and name in (tests or names):
             files += task.write_predictions(name, outputs, run_dir / PREDICTIONS_FOLDER)
-    text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
-    write_atomically(run_dir / METRICS_FILE, text)
     return metrics, files

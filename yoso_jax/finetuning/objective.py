@@ -1,4 +1,4 @@
-"""What a trainer asks of fine-tuning: a model, batches, a loss, an evaluation, and an end."""
+"""What the trainer asks of fine-tuning."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,22 +7,39 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 
-from yoso_jax.data.pipeline import Batch as HostBatch
 from yoso_jax.finetuning.batches import train_batches
 from yoso_jax.finetuning.config import FinetuneConfig
-from yoso_jax.finetuning.finish import MODEL_FOLDER, evaluate, write_results
+from yoso_jax.finetuning.finish import evaluate, write_results
 from yoso_jax.finetuning.predict import make_predict_step, predict
-from yoso_jax.finetuning.prepare import Prepared, find_tokenizer
-from yoso_jax.finetuning.save import save_model
-from yoso_jax.finetuning.task import Outputs
-from yoso_jax.training import Batch
+from yoso_jax.finetuning.prepare import Prepared, find_tokenizer, prepare
+from yoso_jax.finetuning.task import Outputs, Task
+from yoso_jax.objective import Batch, Objective, Put
+from yoso_jax.saving import MODEL_FOLDER, save_model
+from yoso_jax.sharding import fetch
 
 
-class FinetuneObjective:
-    """One fine-tuning run, but for its loop.
+class FinetuneEvaluation:
+    """From parameters and the name of a labelled split to its loss and metrics.
+
+    Args:
+        task: what is evaluated.
+        outputs: from parameters and the name of any split to logits.
+    """
+
+    def __init__(self, task: Task, outputs: Callable[[PyTree, str], Outputs]) -> None:
+        self._task, self.outputs = task, outputs
+
+    def __call__(self, params: PyTree, split: str) -> dict[str, float]:
+        """See `evaluate`."""
+        return evaluate(self._task, split, self.outputs(params, split))
+
+
+class FinetuneObjective(Objective[FinetuneConfig]):
+    """Trains a head and its encoder on a task.
 
     Args:
         config: the run.
@@ -30,43 +47,50 @@ class FinetuneObjective:
     """
 
     def __init__(self, config: FinetuneConfig, prepared: Prepared) -> None:
-        self.config, self.task = config, prepared.task
-        self.notes = prepared.notes
-        """What the user should know before it starts, a line each."""
+        self.config, self.task, self.notes = config, prepared.task, prepared.notes
         self._start, self._pad_id = prepared.start, prepared.pad_id
+        self.reads_parameters = prepared.start.reads_parameters
+        self.labelled_splits = [
+            name for name, split in self.task.splits.items() if split.has_labels and name != "train"
+        ]
+        self.valid_splits = [name for name in self.labelled_splits if name.startswith("valid")]
+
+    @classmethod
+    def create(cls, config: FinetuneConfig) -> "FinetuneObjective":
+        """See `prepare`."""
+        return cls(config, prepare(config))
 
     def make_model(self, key: Key[Array, ""]) -> Any:
         """The model to start from, its parameters float32; `key` draws those it lacks."""
         return self._start.build(jnp.dtype(self.config.dtype), nnx.Rngs(key))
 
-    def make_graphdef(self) -> nnx.GraphDef:
-        """The structure of the model, to `nnx.merge` with parameters; reads and allocates nothing.
-
-        It is that of a model that was loaded, too.
-        """
+    def make_abstract_model(self) -> Any:
+        """The same with shapes for arrays, also of a model that is loaded."""
         start, dtype = self._start, jnp.dtype(self.config.dtype)
+        return nnx.eval_shape(
+            lambda: start.model_class(start.config, dtype=dtype, rngs=nnx.Rngs(0))
+        )
 
-        def build() -> Any:
-            return start.model_class(start.config, dtype=dtype, rngs=nnx.Rngs(0))
-
-        return nnx.graphdef(nnx.eval_shape(build))
-
-    def make_iterator(self) -> grain.DatasetIterator[HostBatch]:
-        """A resumable iterator of training batches: what the model is called with."""
+    def make_iterator(self, start: int = 0) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+        """Batches of what the model is called with, see `train_batches`."""
         return train_batches(
             self.task.splits["train"].features,
             batch_size=self.config.batch_size,
             max_length=self.config.sequence_length,
             pad_id=self._pad_id,
             seed=self.config.seed,
+            num_workers=self.config.num_workers,
+            start=start,
         )
 
-    def loss(self, model: Any, batch: Batch, rngs: nnx.Rngs) -> Float[Array, ""]:
-        """Mean loss of a batch, with dropout; `rngs` has the streams `dropout` and `hash`."""
-        return model(**batch, deterministic=False, rngs=rngs).loss
+    def loss(
+        self, model: Any, batch: Batch, rngs: nnx.Rngs
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """The head's loss; metrics are of whole splits, so of a batch there are none."""
+        return model(**batch, deterministic=False, rngs=rngs).loss, {}
 
-    def make_predictor(self, key: Key[Array, ""]) -> Callable[[PyTree, str], Outputs]:
-        """A function from parameters and the name of a split to logits, hashed by `key`."""
+    def make_evaluation(self, key: Key[Array, ""], put: Put = dict) -> FinetuneEvaluation:
+        """Loss, then the metrics of the task."""
         step = make_predict_step(self.make_graphdef())
 
         def outputs(params: PyTree, split: str) -> Outputs:
@@ -75,29 +99,32 @@ class FinetuneObjective:
                 params,
                 self.task.splits[split].features,
                 key,
+                put,
                 batch_size=self.config.eval_batch_size,
                 max_length=self.config.sequence_length,
                 pad_id=self._pad_id,
             )
 
-        return outputs
+        return FinetuneEvaluation(self.task, outputs)
 
-    def make_evaluation(self, key: Key[Array, ""]) -> Callable[[PyTree, str], dict[str, float]]:
-        """A function from parameters and the name of a labelled split to its loss and metrics.
-
-        The metric after the loss is the one that chooses the best checkpoint; more is better.
-        """
-        outputs = self.make_predictor(key)
-        return lambda params, split: evaluate(self.task, split, outputs(params, split))
-
-    def finish(self, params: PyTree, key: Key[Array, ""]) -> tuple[dict[str, Any], list[Path]]:
-        """Writes metrics, predictions and the model with its tokenizer to `run_dir`.
-
-        Returns:
-            The metrics by split, and the files of predictions.
-        """
-        outputs = self.make_predictor(key)
-        run_dir = Path(self.config.run_dir)
-        model = nnx.merge(self.make_graphdef(), jax.device_get(params))
-        save_model(model, find_tokenizer(self.config), run_dir / MODEL_FOLDER)
-        return write_results(self.task, lambda split: outputs(params, split), run_dir)
+    def finish(
+        self, params: PyTree, evaluation: FinetuneEvaluation, say: Callable[[str], None]
+    ) -> dict[str, Any]:
+        """Evaluates; predictions go to predictions/, the model and its tokenizer to model/."""
+        run_dir, writes = Path(self.config.run_dir), jax.process_index() == 0
+        values = fetch(params)
+        if writes:
+            model = nnx.merge(self.make_graphdef(), values)
+            save_model(model, find_tokenizer(self.config), run_dir / MODEL_FOLDER)
+        metrics, files = write_results(
+            self.task, lambda split: evaluation.outputs(params, split), run_dir if writes else None
+        )
+        for split, found in metrics.items():
+            say(f"{split} {self.describe(split, found)}")
+        for file in files:
+            say(f"predictions: {file}")
+        return {
+            f"{split}_{name}": value
+            for split, found in metrics.items()
+            for name, value in found.items()
+        }

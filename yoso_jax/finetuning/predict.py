@@ -11,7 +11,8 @@ from jaxtyping import Array, Key, PyTree
 from yoso_jax.finetuning.batches import ordered_batches
 from yoso_jax.finetuning.features import Features
 from yoso_jax.finetuning.task import Outputs
-from yoso_jax.training import Batch
+from yoso_jax.objective import Batch, Put
+from yoso_jax.sharding import fetch
 
 PredictStep = Callable[[PyTree, Batch, Key[Array, ""]], Mapping[str, Array]]
 
@@ -37,6 +38,7 @@ def predict(
     params: PyTree,
     features: Features,
     key: Key[Array, ""],
+    put: Put = dict,
     *,
     batch_size: int,
     max_length: int,
@@ -50,13 +52,14 @@ def predict(
         features: what to predict.
         key: root of the hashes, folded with the number of the batch: the same key gives the same
             result.
+        put: brings a batch to the devices.
         batch_size: rows a step.
         max_length: as in `ordered_batches`.
         pad_id: as in `ordered_batches`.
     """
     batches = ordered_batches(features, batch_size=batch_size, max_length=max_length, pad_id=pad_id)
     found = [
-        jax.device_get(step(params, batch, jax.random.fold_in(key, number)))
+        fetch(step(params, put(batch), jax.random.fold_in(key, number)))
         for number, batch in enumerate(batches)
     ]
     return {

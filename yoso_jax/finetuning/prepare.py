@@ -9,9 +9,9 @@ from yoso_jax.data.tokenizer import load_tokenizer
 from yoso_jax.errors import CheckpointError
 from yoso_jax.finetuning.config import FinetuneConfig
 from yoso_jax.finetuning.encoding import TextEncoder
-from yoso_jax.finetuning.start import Start, from_checkpoint, from_scratch, read_config
 from yoso_jax.finetuning.task import Task
 from yoso_jax.finetuning.tasks import TASKS, split_files
+from yoso_jax.starting import Start, from_checkpoint, from_scratch, read_config
 
 
 @dataclasses.dataclass(frozen=True)

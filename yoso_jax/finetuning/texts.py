@@ -59,6 +59,8 @@ class TextsConfig(Validated):
         accepted = SCORE_METRICS if self.regression else CLASS_METRICS
         if self.metrics is not None and not (self.metrics and set(self.metrics) <= set(accepted)):
             self._fail("metrics", f"some of {', '.join(accepted)}, or none")
+        if self.metrics is not None and self.metrics[0] == "mse":
+            self._fail("metrics", "begun with one of which more is better, which mse is not")
 
 
 def read_texts(config: TextsConfig, path: Path, split: str) -> Examples[TextExample]:

@@ -1,7 +1,6 @@
-"""What a trainer asks of pretraining: a model, batches, a loss, an evaluation, and an end."""
+"""What the trainer asks of pretraining."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,42 +15,49 @@ from jaxtyping import Array, Float, Key, PyTree
 from yoso_jax.data.mlm import eval_batches, train_batches
 from yoso_jax.data.mlm_examples import ExampleMaker
 from yoso_jax.data.packing import Blocks
-from yoso_jax.data.pipeline import Batch as HostBatch
-from yoso_jax.finetuning.finish import METRICS_FILE, MODEL_FOLDER
-from yoso_jax.finetuning.save import save_model
-from yoso_jax.metrics import write_atomically
+from yoso_jax.errors import DataError, is_disk_full
 from yoso_jax.modeling.layers import Policy
 from yoso_jax.modeling.pretraining import PretrainingModel
+from yoso_jax.objective import Batch, Evaluation, Objective, Put, sum_up
 from yoso_jax.pretraining.config import PretrainConfig
 from yoso_jax.pretraining.losses import pretraining_loss, pretraining_metrics, pretraining_sums
-from yoso_jax.pretraining.prepare import Prepared
-from yoso_jax.training import Batch
+from yoso_jax.pretraining.prepare import Prepared, prepare
+from yoso_jax.saving import MODEL_FOLDER, save_model
+from yoso_jax.sharding import fetch
 
 
-class PretrainObjective:
-    """One pretraining run, but for its loop.
+class PretrainObjective(Objective[PretrainConfig]):
+    """Trains a masked language model, perhaps with the order of segments.
 
     Args:
         config: the run.
         prepared: see `prepare`.
     """
 
+    train_metrics = ("accuracy",)
+
     def __init__(self, config: PretrainConfig, prepared: Prepared) -> None:
-        self.config, self.data = config, prepared.data
-        self.notes = prepared.notes
-        """What the user should know before it starts, a line each."""
+        self.config, self.data, self.notes = config, prepared.data, prepared.notes
         self._start = prepared.start
+        self.reads_parameters = prepared.start.reads_parameters
         self._dtype = jnp.dtype(config.dtype)
+
+    @classmethod
+    def create(cls, config: PretrainConfig) -> "PretrainObjective":
+        """See `prepare`."""
+        try:
+            return cls(config, prepare(config))
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+            raise DataError(f"cannot read or prepare the data: {error}") from error
 
     def make_model(self, key: Key[Array, ""]) -> PretrainingModel:
         """The model to start from, its parameters float32; `key` draws those it lacks."""
         return self._with_order(lambda rngs: self._start.build(self._dtype, rngs), nnx.Rngs(key))
 
-    def make_graphdef(self) -> nnx.GraphDef:
-        """The structure of the model, to `nnx.merge` with parameters; reads and allocates nothing.
-
-        It is that of a model that was loaded, too.
-        """
+    def make_abstract_model(self) -> PretrainingModel:
+        """The same with shapes for arrays, also of a model that is loaded."""
         start, dtype = self._start, self._dtype
 
         def build() -> PretrainingModel:
@@ -59,25 +65,35 @@ class PretrainObjective:
                 lambda rngs: start.model_class(start.config, dtype=dtype, rngs=rngs), nnx.Rngs(0)
             )
 
-        return nnx.graphdef(nnx.eval_shape(build))
+        return nnx.eval_shape(build)
 
-    def make_iterator(self) -> grain.DatasetIterator[HostBatch]:
-        """A resumable iterator of training batches, without end."""
+    def make_iterator(self, start: int = 0) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+        """Batches of the training documents, see `yoso_jax.data.mlm.train_batches`."""
         maker = self._make_maker(self.config.seed)
         if self.config.data.masking == "dynamic":
             epoch_length = len(Blocks(self.data.train, maker.block_length))
             maker = dataclasses.replace(maker, epoch_length=epoch_length)
-        return train_batches(self.data.train, maker, batch_size=self.config.batch_size)
+        return train_batches(
+            self.data.train,
+            maker,
+            batch_size=self.config.batch_size,
+            num_workers=self.config.num_workers,
+            start=start,
+        )
 
-    def loss(self, model: PretrainingModel, batch: Batch, rngs: nnx.Rngs) -> Float[Array, ""]:
-        """Loss of a batch, with dropout; `rngs` has the streams `dropout` and `hash`."""
-        return pretraining_loss(_sums(model, batch, deterministic=False, rngs=rngs))
+    def loss(
+        self, model: PretrainingModel, batch: Batch, rngs: nnx.Rngs
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """See `pretraining_loss`, and the accuracy of tokens."""
+        sums = _sums(model, batch, deterministic=False, rngs=rngs)
+        accuracy = sums["correct"] / jnp.maximum(sums["count"], 1)
+        return pretraining_loss(sums), {"accuracy": accuracy}
 
-    def make_evaluation(self, key: Key[Array, ""]) -> Callable[[PyTree, str], dict[str, float]]:
-        """A function from parameters and the name of a split to its `pretraining_metrics`.
+    def make_evaluation(self, key: Key[Array, ""], put: Put = dict) -> Evaluation:
+        """See `pretraining_metrics`.
 
-        The metric after the loss is the one that chooses the best checkpoint; more is better. The
-        masks depend on `config.data.seed` alone, so runs of other seeds are compared on the same.
+        The masks depend on `config.data.seed` alone, so runs of other seeds are compared on the
+        same.
         """
         graphdef = self.make_graphdef()
 
@@ -92,33 +108,30 @@ class PretrainObjective:
                 self._make_maker(self.config.data.seed),
                 batch_size=self.config.eval_batch_size,
             )
-            sums = [
-                step(params, batch, jax.random.fold_in(key, number))
-                for number, batch in enumerate(batches)
-            ]
             return pretraining_metrics(
-                {
-                    name: float(np.sum([each[name] for each in sums], dtype=np.float64))
-                    for name in sums[0]
-                }
+                sum_up(
+                    step(params, put(batch), jax.random.fold_in(key, number))
+                    for number, batch in enumerate(batches)
+                )
             )
 
         return evaluation
 
-    def finish(self, params: PyTree, key: Key[Array, ""]) -> tuple[dict[str, Any], list[Path]]:
-        """Writes metrics and the masked language model with its tokenizer to `run_dir`.
-
-        Returns:
-            The metrics by split, and no files of predictions.
-        """
-        run_dir = Path(self.config.run_dir)
-        model = nnx.merge(self.make_graphdef(), jax.device_get(params))
-        save_model(model.masked_lm, self.data.tokenizer, run_dir / MODEL_FOLDER)
-        evaluation = self.make_evaluation(key)
-        metrics = {split: evaluation(params, split) for split in ("valid", "test")}
-        text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
-        write_atomically(run_dir / METRICS_FILE, text)
-        return metrics, []
+    def finish(
+        self, params: PyTree, evaluation: Evaluation, say: Callable[[str], None]
+    ) -> dict[str, Any]:
+        """Evaluates both splits; the masked language model goes to model/, with its tokenizer."""
+        results = {}
+        for split in self.labelled_splits:
+            metrics = evaluation(params, split)
+            say(f"{split} {self.describe(split, metrics)}")
+            results |= {f"{split}_{name}": value for name, value in metrics.items()}
+        params = fetch(params)
+        if jax.process_index() == 0:
+            model = nnx.merge(self.make_graphdef(), params)
+            folder = Path(self.config.run_dir) / MODEL_FOLDER
+            save_model(model.masked_lm, self.data.tokenizer, folder)
+        return results
 
     def _with_order(
         self, make_masked_lm: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs

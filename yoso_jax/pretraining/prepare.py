@@ -7,9 +7,9 @@ from yoso_jax.data.corpus import load_mlm
 from yoso_jax.data.mlm import MLMData
 from yoso_jax.data.tokenizer import load_tokenizer
 from yoso_jax.errors import CheckpointError, ConfigError
-from yoso_jax.finetuning.start import Start, from_checkpoint, from_scratch
 from yoso_jax.modeling import YosoForMaskedLM
 from yoso_jax.pretraining.config import PretrainConfig
+from yoso_jax.starting import Start, from_checkpoint, from_scratch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+MODEL_FOLDER = "model"
+"""Where a run keeps its model, in its folder."""
+
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.json",

@@ -67,6 +67,11 @@ class Start:
     _plan: Plan | None = None
     _only_encoder: bool = False
 
+    @property
+    def reads_parameters(self) -> bool:
+        """Whether some are read from a checkpoint."""
+        return self._plan is not None
+
     def build(self, dtype: DTypeLike, rngs: nnx.Rngs) -> Any:
         """The model with float32 parameters; `rngs` draws those that are in no checkpoint."""
         options: Any = {"dtype": dtype, "param_dtype": jnp.float32, "rngs": rngs}
