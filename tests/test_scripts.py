@@ -91,7 +91,8 @@ def start(script: str, *arguments: object, cache: Path) -> subprocess.Popen[str]
 def test_every_config_can_be_read_and_says_how_to_run_it(path: Path) -> None:
     config = load_config(path)
     header = path.read_text().split("\n\n")[0]
-    assert f"python scripts/train.py {path.relative_to(ROOT)}" in header
+    script = "finetune.py" if config.kind == "finetune" else "train.py"
+    assert f"python scripts/{script} {path.relative_to(ROOT)}" in header
     assert f"python scripts/evaluate.py {config.run_dir}" in header
 
 
