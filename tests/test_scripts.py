@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import runpy
 import signal
 import subprocess
@@ -330,3 +331,38 @@ def test_sigterm_saves_exits_0_and_resume_goes_on_bit_for_bit(
         assert (process.returncode, err) == (0, "")
     assert numbers(config.run_dir) == numbers(whole)
     assert len(numbers(whole)) == 800 // 7 + 1 + 2
+
+
+@pytest.mark.slow
+def test_killed_at_any_instant_a_run_goes_on_bit_for_bit(folder: Path, compilations: Path) -> None:
+    path, whole = folder / "killed.yaml", folder / "unharmed"
+    config = tiny_config(folder, "killed", steps=500, evaluate_every=10, log_every=7)
+    path.write_text(dump_config(config))
+    run_dir, rng = Path(config.run_dir), random.Random(0)
+    metrics = run_dir / "metrics.jsonl"
+    for number in range(10):
+        # The first before there is a configuration, others while steps are made and saved.
+        seen = metrics.read_bytes() if metrics.exists() else b""
+        resume = ["--resume"] if (run_dir / "config.yaml").exists() else []
+        process = start("train.py", path, *resume, cache=compilations)
+        while number and (
+            not metrics.exists()
+            or (
+                metrics.read_bytes().startswith(seen)
+                and len(metrics.read_bytes()) < len(seen) + 200
+            )
+        ):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+    processes = [
+        start("train.py", path, "--resume", cache=compilations),
+        start("train.py", path, "--run-dir", whole, cache=compilations),
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=300)
+        assert (process.returncode, err) == (0, "")
+    assert numbers(run_dir) == numbers(whole)

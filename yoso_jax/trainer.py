@@ -281,7 +281,11 @@ def _finish(
 def _check_run_dir(run_dir: Path, config: RunConfig, resume: bool) -> None:
     saved = run_dir / CONFIG_FILE
     if not resume:
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        # A run killed while it wrote its configuration is none yet.
+        begun = {CONFIG_FILE + ".tmp"}
+        if run_dir.exists() and (
+            not run_dir.is_dir() or {path.name for path in run_dir.iterdir()} - begun
+        ):
             raise ConfigError(
                 f"run_dir {run_dir} is not empty, and nothing in it is overwritten: "
                 "continue that run with --resume, or choose another --run-dir"

@@ -1,0 +1,123 @@
+"""Several devices and processes: the losses of one device, and checkpoints that move between."""
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from run_helpers import numbers, tiny_config
+
+from yoso_jax.config_files import dump_config
+from yoso_jax.optim import OptimizerConfig
+from yoso_jax.train_config import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+
+Train = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="module")
+def train(folder: Path) -> Train:
+    """Runs scripts/train.py on so many virtual devices, divided among so many processes."""
+
+    def train(config: TrainConfig, devices: int, processes: int = 1, resume: bool = False) -> None:
+        path = Path(f"{config.run_dir}.yaml")
+        path.write_text(dump_config(config))
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        running = []
+        for index in range(processes):
+            environment = os.environ | {
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
+                "JAX_COMPILATION_CACHE_DIR": str(folder / "compilations"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                "PYTHONPATH": str(ROOT),
+            }
+            if processes > 1:
+                environment |= {
+                    "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                    "JAX_NUM_PROCESSES": str(processes),
+                    "JAX_PROCESS_ID": str(index),
+                }
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, str(ROOT / "scripts" / "train.py"), str(path)]
+                    + ["--resume"] * resume,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        outputs = [process.communicate(timeout=300) for process in running]
+        for process, (_, err) in zip(running, outputs, strict=True):
+            assert process.returncode == 0, err
+        assert all("step" not in out for out, _ in outputs[1:])
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def one_device(folder: Path, train: Train) -> TrainConfig:
+    # A schedule that does not depend on the end, so that a run that is extended is a longer one.
+    config = tiny_config(
+        folder,
+        "one",
+        steps=12,
+        eval_batch_size=8,
+        log_every=2,
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2, end_factor=1.0),
+    )
+    train(config, devices=1)
+    return config
+
+
+def check_equal(config: TrainConfig, expected: TrainConfig) -> None:
+    records = [r for r in numbers(expected.run_dir) if r["step"] <= config.steps]
+    for record, other in zip(numbers(config.run_dir), records, strict=True):
+        assert (record["step"], record["split"]) == (other["step"], other["split"])
+        assert record["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert record["accuracy"] == pytest.approx(other["accuracy"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("devices", "processes", "fsdp"),
+    [(4, 1, 1), (4, 1, 4), (4, 2, 2)],
+    ids=["data", "fsdp", "processes"],
+)
+def test_losses_are_those_of_one_device(
+    folder: Path,
+    train: Train,
+    one_device: TrainConfig,
+    devices: int,
+    processes: int,
+    fsdp: int,
+) -> None:
+    name = f"{devices}-{processes}-{fsdp}"
+    config = dataclasses.replace(one_device, run_dir=str(folder / name), fsdp=fsdp)
+    train(config, devices, processes)
+    check_equal(config, one_device)
+
+
+@pytest.mark.slow
+def test_checkpoints_move_between_layouts(
+    folder: Path, train: Train, one_device: TrainConfig
+) -> None:
+    name = str(folder / "moved")
+    for steps, devices, processes, fsdp in ((4, 4, 2, 2), (8, 4, 1, 4), (12, 1, 1, 1)):
+        config = dataclasses.replace(one_device, run_dir=name, steps=steps, fsdp=fsdp)
+        train(config, devices, processes, resume=steps > 4)
+        check_equal(config, one_device)
