@@ -1,6 +1,7 @@
 """The expectation kernels: probabilities in NumPy, lowered for CUDA, and on a GPU."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -105,22 +106,92 @@ def lower(f, *args):
     return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@shapes
-def test_kernels_lower_for_cuda(shape, num_keys, value_dim, bits):
-    dtype = jnp.float16 if num_keys == 515 else jnp.bfloat16
+# A case for each code length: last dimensions of queries and of values, and how many there are. In
+# groups of four: both dimensions are at most 64, that of queries, that of values, none.
+CASES = [
+    # H, D, T, S
+    (64, 64, 256, 128),
+    (16, 48, 300, 515),
+    (48, 32, 130, 1000),
+    (7, 5, 5, 3),
+    (64, 256, 100, 256),
+    (16, 160, 512, 64),
+    (64, 128, 1, 300),
+    (32, 80, 200, 129),
+    (256, 64, 128, 260),
+    (176, 16, 77, 1),
+    (100, 33, 1024, 96),
+    (96, 48, 63, 65),
+    (128, 128, 256, 300),
+    (128, 240, 255, 128),
+    (144, 256, 8, 100),
+    (256, 240, 131, 256),
+]
+
+
+def flags(case):
+    """Any two of them have all values among the cases; the first two in each group of four."""
+    columns = dict(deterministic=1, with_value=2, half=7, query_mask=11, key_mask=13)
+    return {name: (case & column).bit_count() % 2 == 1 for name, column in columns.items()}
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_kernels_lower_for_cuda(case):
+    head_dim, value_dim, num_queries, num_keys = CASES[case]
+    hash_code_len, chosen = case + 1, flags(case)
+    dtype = jnp.float16 if chosen["half"] else jnp.bfloat16
+    shape = 2, num_queries, 3, head_dim
     *args, cotangent = jax.eval_shape(lambda: normal(shape, num_keys, value_dim, dtype))
-    masks = [jax.ShapeDtypeStruct((shape[0], n), bool) for n in (shape[1], num_keys)]
-    normalize = bits % 2 == 0
-    forward = functools.partial(expectation.attend, hash_code_len=bits, normalize=normalize)
-    assert lower(forward, *args, *masks).count("@mosaic_gpu") == 1
-    parts = -(-(max(shape[3], value_dim) if bits % 3 else shape[3]) // 64)
+    masks = [
+        jax.ShapeDtypeStruct((2, n), bool) if chosen[name] else None
+        for name, n in (("query_mask", num_queries), ("key_mask", num_keys))
+    ]
+    for normalize in (False, True):
+        forward = functools.partial(
+            expectation.attend, hash_code_len=hash_code_len, normalize=normalize
+        )
+        assert lower(forward, *args, *masks).count("@mosaic_gpu") == 1
+    options = {name: chosen[name] for name in ("deterministic", "with_value")}
     backward = functools.partial(
-        expectation_backward.gradients,
-        hash_code_len=bits,
-        with_value=bits % 3 != 0,
-        deterministic=not normalize,
+        expectation_backward.gradients, hash_code_len=hash_code_len, **options
     )
-    assert lower(backward, *args, *masks, cotangent).count("@mosaic_gpu") >= parts
+    parts = -(-max(head_dim, value_dim if chosen["with_value"] else 0) // 64)
+    # The gradient of the queries by kernels of its own, or the kernel of `add_tangents`.
+    others = -(-head_dim // 64) if chosen["deterministic"] else 1
+    assert lower(backward, *args, *masks, cotangent).count("@mosaic_gpu") == parts + others
+
+
+def test_cases_have_all_plans():
+    """All there are of what decides which code is generated, but for widths and lengths."""
+
+    def forward(head_dim, value_dim):
+        plan = expectation.Plan(1, 1, 128, 128, head_dim, value_dim, 9, True)
+        return {(plan.block_keys, plan.warpgroups, plan.stages)}
+
+    def backward(head_dim, value_dim, deterministic, with_value):
+        found = set()
+        for part in range(4):
+            plan = expectation_backward.Plan(
+                1, 1, 128, 128, head_dim, value_dim, 9, part, not deterministic, with_value
+            )
+            if part < plan.parts:
+                outputs = plan.key_width > 0, plan.value_width > 0
+                found.add((plan.warpgroups, plan.parts > 1, deterministic, with_value, outputs))
+        return found
+
+    every = list(itertools.product(range(16, 257, 16), range(16, 257, 16)))
+    cases = [tuple(-(-dim // 16) * 16 for dim in case[:2]) for case in CASES]
+    assert set().union(*itertools.starmap(forward, every)) == set().union(
+        *itertools.starmap(forward, cases)
+    )
+    chosen = list(itertools.product((False, True), repeat=2))
+    assert set().union(
+        *(backward(*dims, *each) for dims in every for each in chosen)
+    ) == set().union(
+        *(backward(*dims, *list(flags(i).values())[:2]) for i, dims in enumerate(cases))
+    )
+    for pair in itertools.combinations(flags(0), 2):
+        assert len({tuple(flags(case)[name] for name in pair) for case in range(16)}) == 4
 
 
 @pytest.mark.parametrize("head_dim", range(16, 257, 16))
