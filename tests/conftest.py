@@ -23,6 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # JAX reads this when it is first imported, which conftest.py must not do at its top.
     if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        # Threads of XLA, likewise: Pallas' interpreter blocks one for each warpgroup that waits.
+        os.environ.setdefault("NPROC", "16")
 
 
 @functools.cache

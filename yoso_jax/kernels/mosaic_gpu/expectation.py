@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float
 from yoso_jax.kernels import xla
 from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
 from yoso_jax.kernels.mosaic_gpu.collision_polynomial import collision_polynomial
+from yoso_jax.kernels.mosaic_gpu.expectation_hardware import Hopper, Interpreted
 from yoso_jax.kernels.mosaic_gpu.expectation_tiles import ROWS
-from yoso_jax.kernels.mosaic_gpu.lane import WARPGROUP
 
 # What Hopper lends a block, less barriers and the scratch space of the compiler.
 _SHARED_BYTES = 223 * 1024
@@ -83,36 +83,16 @@ class Plan:
         return min(_MAX_STAGES, free // (self.block_keys * (token_bytes + 4)))
 
 
-def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
+def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[Array]]:
     """Of query, key, value, query lengths, key scales and ends."""
     # These load JAX's GPU dialects.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from yoso_jax.kernels.mosaic_gpu.lane_mosaic import MosaicLane
-    from yoso_jax.kernels.mosaic_gpu.registers import read_registers, write_registers
-
     keys, stages, warpgroups = plan.block_keys, plan.stages, plan.warpgroups
-    layout = plgpu.Layout.WGMMA
-    row = layout.reduce(1)
+    row = plgpu.Layout.WGMMA.reduce(1)
     polynomial = collision_polynomial(plan.hash_code_len)
-    num_row_values = len(polynomial.coefficients)
-
-    @plgpu.inline_mgpu(
-        arg_types=(layout, plgpu.RefType(), *[row] * num_row_values),
-        return_type=plgpu.ShapeDtypeStruct((ROWS, keys), dtype, layout=layout),
-    )
-    def weigh(_: Any, scores: Any, scales: Any, *row_arrays: Any) -> Any:
-        lane = MosaicLane((warpgroups + 1) * WARPGROUP)
-        pieces = tiles.probabilities(
-            lane,
-            read_registers(lane, scores),
-            [read_registers(lane, each) for each in row_arrays],
-            lane.shared_pointer(scales),
-            polynomial.coefficients[0],
-        )
-        words = [word for piece, _ in pieces for word in lane.pack(piece, dtype)]
-        return write_registers(words, scores, dtype)
+    hardware = (Interpreted if interpret else Hopper)(dtype, keys, polynomial, warpgroups)
 
     def attend(
         query: Any,
@@ -125,8 +105,8 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
         *refs: Any,
     ) -> None:
         norms, refs = (refs[0], refs[1:]) if plan.normalize else (None, refs)
-        query_tiles, out_tiles, norm_tiles, key_tiles, scale_tiles, value_tiles, *barriers = refs
-        query_loaded, key_loaded, value_loaded, key_used, value_used = barriers
+        query_tiles, out_tiles, norm_tiles, key_tiles, scale_tiles, value_tiles, *rest = refs
+        *staging, query_loaded, key_loaded, value_loaded, key_used, value_used = rest
         warpgroup = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
         head, block = lax.div(block, plan.query_blocks), lax.rem(block, plan.query_blocks)
@@ -159,6 +139,9 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
                     value.at[batch, rows, n], value_tiles.at[i], value_loaded.at[i]
                 )
 
+            hardware.observe(key_used, steps - stages, steps)
+            hardware.observe(value_used, steps - stages, steps - 1)
+
         @pl.when(warpgroup < warpgroups)
         def _() -> None:
             plgpu.set_max_registers(160 if warpgroups == 3 else 240, action="increase")
@@ -173,7 +156,7 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
 
             def go(sums: Any) -> Any:
                 def add(step: Any, taken: Any) -> None:
-                    plgpu.wgmma(sums, taken, value_tiles.at[lax.rem(step, stages)])
+                    hardware.multiply(sums, taken, value_tiles.at[lax.rem(step, stages)], staging)
 
                 def take(step: Any, before: Any) -> Any:
                     """The weights of a tile; those before are multiplied with values."""
@@ -191,7 +174,7 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
                     scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, keys), jnp.float32))
                     if before is not None:
                         plgpu.barrier_arrive(value_used.at[lax.rem(step - 1, stages)])
-                    taken = weigh(scores, scale_tiles.at[i], *row_values)
+                    taken = hardware.weigh(scores, scale_tiles.at[i], row_values)
                     plgpu.barrier_arrive(key_used.at[i])
                     return taken
 
@@ -228,6 +211,7 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
             tiles.shared(dtype, stages, keys, plan.head_dim),
             plgpu.SMEM((stages, keys), jnp.float32),
             tiles.shared(dtype, stages, keys, plan.value_dim),
+            *hardware.staging(),
             plgpu.Barrier(num_barriers=warpgroups),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
@@ -238,6 +222,7 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
         grid_names=("block",),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
+        interpret=hardware.interpret,
     )
 
 
@@ -250,6 +235,7 @@ def attend(
     *,
     hash_code_len: int,
     normalize: bool,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"] | None]:
     """`E v` with zero rows for masked queries and without masked keys.
 
@@ -262,6 +248,8 @@ def attend(
       key_mask: True for the keys to attend to, or None. With a mask keys and values are copied.
       hash_code_len: bits of a hash, 1 to 16.
       normalize: divide each row by its l2 norm.
+      interpret: run on a CPU, to check all but the instructions of a GPU. XLA must have threads for
+        five warpgroups that wait, say by `NPROC=16` in the environment.
 
     Returns:
       The rows, in the dtype of `value`, and with `normalize` what their norms were before, float32.
@@ -285,7 +273,8 @@ def attend(
     )
     lengths = tiles.pad_to(lengths, plan.query_blocks * plan.block_queries)
     scales = tiles.pad_to(scales, -(-num_keys // plan.block_keys) * plan.block_keys)
-    out, *norms = _kernel(plan, np.dtype(value.dtype))(query, key, value, lengths, scales, ends)
+    kernel = _kernel(plan, np.dtype(value.dtype), interpret)
+    out, *norms = kernel(query, key, value, lengths, scales, ends)
     out = out[:, :num_queries, :, :value_dim]
     if not normalize:
         return out, None

@@ -26,8 +26,8 @@ from jaxtyping import Array, Bool, Float
 from yoso_jax.kernels import xla
 from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
 from yoso_jax.kernels.mosaic_gpu.collision_polynomial import collision_polynomial
+from yoso_jax.kernels.mosaic_gpu.expectation_hardware import Hopper, Interpreted
 from yoso_jax.kernels.mosaic_gpu.expectation_tiles import ROWS
-from yoso_jax.kernels.mosaic_gpu.lane import I32, WARPGROUP
 from yoso_jax.kernels.mosaic_gpu.tangents import add_tangents
 
 # Columns of the gradients that a warpgroup has registers for.
@@ -128,14 +128,11 @@ class Plan:
         return min(_MAX_STAGES, (_SHARED_BYTES - used) // (rows * (token_bytes + 4)))
 
 
-def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
+def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[Array]]:
     """Of query, key, value, grad_out, what `_gradients` derives from them, and perhaps a Ref."""
     # These load JAX's GPU dialects.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    from yoso_jax.kernels.mosaic_gpu.lane_mosaic import MosaicLane
-    from yoso_jax.kernels.mosaic_gpu.registers import read_registers, write_registers
 
     stages, warpgroups = plan.stages, plan.warpgroups
     tile = plan.block_keys
@@ -146,31 +143,8 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
     layout = plgpu.Layout.WGMMA
     row = layout.reduce(1)
     polynomial = collision_polynomial(plan.hash_code_len)
-    num_row_values = len(polynomial.coefficients)
-
-    @plgpu.inline_mgpu(
-        arg_types=(layout, layout, plgpu.RefType(), *[row] * num_row_values),
-        return_type=(plgpu.ShapeDtypeStruct((ROWS, plan.piece), dtype, layout=layout),) * 2,
-    )
-    def weigh(_: Any, scores: Any, products: Any, scales: Any, *row_arrays: Any) -> tuple[Any, Any]:
-        lane = MosaicLane((warpgroups + 1) * WARPGROUP)
-        pieces = tiles.probabilities(
-            lane,
-            read_registers(lane, scores),
-            [read_registers(lane, each) for each in row_arrays],
-            lane.shared_pointer(scales),
-            polynomial.coefficients[0],
-        )
-        others = iter(read_registers(lane, products))
-        words: tuple[list[I32], list[I32]] = ([], [])
-        for weights, scale in pieces:
-            # Each piece to the end: registers are scarce.
-            grads = [
-                weight * (next(others) * each) for weight, each in zip(weights, scale, strict=True)
-            ]
-            words[0].extend(lane.pack(weights, dtype))
-            words[1].extend(lane.pack(grads, dtype))
-        return write_registers(words[0], scores, dtype), write_registers(words[1], scores, dtype)
+    choice = Interpreted if interpret else Hopper
+    hardware = choice(dtype, plan.piece, polynomial, warpgroups)
 
     def body(
         query: Any,
@@ -191,7 +165,7 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
         value_out: Any = refs.pop(0) if value_width else None
         if with_query:
             unit_tile, weight_tile, query_out, written, read, *refs = refs
-        keys_loaded, loaded, used = refs
+        *staging, keys_loaded, loaded, used = refs
 
         warpgroup = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
@@ -216,6 +190,8 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
                 plgpu.copy_gmem_to_smem(query.at[batch, rows, n], query_tiles.at[i], loaded.at[i])
                 plgpu.copy_gmem_to_smem(grad_out.at[batch, rows, n], grad_tiles.at[i], loaded.at[i])
                 plgpu.copy_gmem_to_smem(scales.at[head, rows], scale_tiles.at[i], loaded.at[i])
+
+            hardware.observe(used, steps - stages, steps)
 
         @pl.when(warpgroup < warpgroups)
         def _() -> None:
@@ -256,10 +232,9 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 query_out[warpgroup] = sums
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(
+                hardware.add(
                     query_out.at[warpgroup],
                     grad_query.at[head, pl.ds(step * tile + warpgroup * ROWS, ROWS)],
-                    reduction_op="add",
                 )
 
             def add_key_gradients(i: Any, rows: Any, sums: Any) -> None:
@@ -270,11 +245,14 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
 
                 accumulator = plgpu.ACC((ROWS, plan.piece), jnp.float32)
                 scores, products = pl.run_scoped(multiply, accumulator, accumulator)
-                taken, grads = weigh(scores, products, scale_tiles.at[i, rows], *row_values)
+                here = scale_tiles.at[i, rows]
+                taken, grads = hardware.weigh_gradients(scores, products, here, row_values)
                 if value_width:
-                    plgpu.wgmma(sums[-1], taken, grad_tiles.at[i, rows, value_columns])
+                    tokens = grad_tiles.at[i, rows, value_columns]
+                    hardware.multiply(sums[-1], taken, tokens, staging)
                 if key_width:
-                    plgpu.wgmma(sums[0], grads, query_tiles.at[i, rows, key_columns])
+                    tokens = query_tiles.at[i, rows, key_columns]
+                    hardware.multiply(sums[0], grads, tokens, staging)
                 if with_query:
                     weight_tile[pl.ds(warpgroup * ROWS, ROWS), rows] = grads
 
@@ -296,6 +274,8 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(used.at[i])
 
+                if with_query:
+                    hardware.observe(read, steps - 1, steps)
                 return [each[...] for each in sums]
 
             widths = [width for width in (key_width, value_width) if width]
@@ -359,6 +339,7 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
         out_type=arrays,
         scratch_types=[
             *scratch,
+            *hardware.staging(),
             plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
             plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
@@ -367,6 +348,7 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., list[Array]]:
         grid_names=("block",),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
+        interpret=hardware.interpret,
     )
 
 
@@ -381,6 +363,7 @@ def gradients(
     hash_code_len: int,
     with_value: bool = True,
     deterministic: bool = False,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N D"] | None]:
     """Gradients of `expectation.attend` without normalisation, in the dtype of `value`.
 
@@ -396,14 +379,18 @@ def gradients(
       hash_code_len: bits of a hash, 1 to 16.
       with_value: whether the gradient of value is wanted; it is None otherwise.
       deterministic: the same bits in every run, for two more matrix products of five.
+      interpret: as of `expectation.attend`; not under `jax.jit`.
     """
-    from yoso_jax.kernels.mosaic_gpu.lane_mosaic import call as run  # loads JAX's GPU dialects
+    if interpret:
+        from yoso_jax.kernels.mosaic_gpu.lane_numpy import call as run
+    else:
+        from yoso_jax.kernels.mosaic_gpu.lane_mosaic import call as run  # loads JAX's GPU dialects
 
     query, grad_out = xla.mask_tokens(query, query_mask), xla.mask_tokens(grad_out, query_mask)
     key, value = xla.mask_tokens(key, key_mask), xla.mask_tokens(value, key_mask)
     from_queries = _Side(query, grad_out, query_mask)
     from_keys = _Side(key, value, key_mask)
-    call = functools.partial(_gradients, hash_code_len=hash_code_len)
+    call = functools.partial(_gradients, hash_code_len=hash_code_len, interpret=interpret)
     if deterministic:
         grad_query, _, _ = call(from_keys, from_queries, with_query=False, with_value=False)
         grad_key, grad_value, _ = call(
@@ -445,7 +432,13 @@ class _Side:
 
 
 def _gradients(
-    queries: _Side, keys: _Side, *, hash_code_len: int, with_query: bool, with_value: bool
+    queries: _Side,
+    keys: _Side,
+    *,
+    hash_code_len: int,
+    with_query: bool,
+    with_value: bool,
+    interpret: bool,
 ) -> tuple[Array, Any, Any]:
     """Gradients of the keys and of their values, and sums for `add_tangents` of the queries."""
     batch, num_keys, heads, head_dim = keys.tokens.shape
@@ -480,7 +473,7 @@ def _gradients(
             shape = (batch * heads, padded_queries, plan.key_width)
             total = jax.new_ref(jnp.zeros(shape, jnp.float32))
             arguments.append(total)
-        outputs = _kernel(plan, np.dtype(value.dtype))(*arguments)
+        outputs = _kernel(plan, np.dtype(value.dtype), interpret)(*arguments)
         if plan.key_width:
             grad_keys.append(outputs.pop(0))
             if total is not None:
