@@ -98,8 +98,9 @@ def main() -> None:
 
 def read_config(task: str, options: list[str]) -> TrainConfig:
     """The configuration of a task, with options as train.py takes them."""
-    if task not in TASKS:
-        raise ConfigError(f"--task must be one of {', '.join(TASKS)}, got {task!r}")
+    names = [name for name in TASKS if (CONFIGS / f"{name}.yaml").exists()]
+    if task not in names:
+        raise ConfigError(f"--task must be one of {', '.join(names)}, got {task!r}")
     config = load_config(CONFIGS / f"{task}.yaml")
     assert isinstance(config, TrainConfig)
     default = dataclasses.replace(config, run_dir=RUN_DIR)

@@ -21,12 +21,13 @@ class TrainConfig(RunConfig):
     kind: ClassVar[str] = "lra"
 
     data: Annotated[DataConfig, tyro.conf.AvoidSubcommands]
-    """The task and its examples. In YAML the field `task` (listops, pathfinder, image, text or
-    retrieval; listops by default) says which of the configurations the others are fields of."""
+    """The task and its examples. In YAML the field `task` (listops, pathfinder, image, text,
+    retrieval or recall; listops by default) says which of the configurations the others are fields
+    of."""
     model: LRAConfig
     """The classifier."""
     data_dir: str = "data/listops"
-    """Folder that holds the files of the task; ListOps and Pathfinder are generated into it."""
+    """Folder that holds the files of the task; ListOps, Pathfinder and recall are generated."""
     tsv_dir: str | None = None
     """Folder of a published copy of ListOps (basic_train.tsv, basic_val.tsv, basic_test.tsv) to
     read instead of generating `data`."""

@@ -1,4 +1,7 @@
-"""The tasks of Long Range Arena: what each asks of a model, and where its data comes from."""
+"""What can be classified: what each task asks of a model, and where its data comes from.
+
+The tasks of Long Range Arena, and associative recall.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,11 +12,14 @@ from yoso_jax.data.images import NUM_PIXELS, ImageConfig, load_images
 from yoso_jax.data.listops import prepare_listops
 from yoso_jax.data.listops_generator import VOCAB, ListOpsConfig
 from yoso_jax.data.pathfinder import PathfinderConfig, prepare_pathfinder
+from yoso_jax.data.recall import NUM_VALUES, RECALL_VOCAB_SIZE, RecallConfig, prepare_recall
 from yoso_jax.data.retrieval import RetrievalConfig, load_retrieval
 from yoso_jax.data.splits import TaskData
 from yoso_jax.data.text import BYTE_VOCAB_SIZE, TextConfig, load_text
 
-DataConfig = ListOpsConfig | PathfinderConfig | ImageConfig | TextConfig | RetrievalConfig
+DataConfig = (
+    ListOpsConfig | PathfinderConfig | ImageConfig | TextConfig | RetrievalConfig | RecallConfig
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +78,13 @@ TASKS = {
         dual=True,
         longest=lambda config: None,
         load=load_retrieval,
+    ),
+    RecallConfig.task: Task(
+        vocab_size=RECALL_VOCAB_SIZE,
+        num_labels=NUM_VALUES,
+        dual=False,
+        longest=lambda config: config.length,
+        load=lambda config, folder, max_length: prepare_recall(config, folder),
     ),
 }
 """By the name of each, which is the `task` of its configuration."""
