@@ -177,7 +177,10 @@ def check_row(row: dict[str, Any]) -> None:
     ("arguments", "message"),
     [
         ([], "--task"),
-        (["--task", "lisp"], "--task must be one of listops, pathfinder, image, text, retrieval, got"),
+        (
+            ["--task", "lisp"],
+            "--task must be one of listops, pathfinder, image, text, retrieval, got",
+        ),
         (["--task", "listops", "--variants", "softmax,yoso"], "a variant must be softmax, yoso_e"),
         (["--task", "listops", "--variants", "yoso_0"], "got 'yoso_0'"),
         (["--task", "listops", "--variants", "yoso_c_e"], "got 'yoso_c_e'"),

@@ -102,7 +102,7 @@ def capture(
     except jax.errors.UnexpectedTracerError as error:
         raise ConfigError("layers must be looped over: scan_layers and remat off") from error
     return [
-        Captured(*arrays, gradient, *(options[name] for name in _OPTIONS))
+        Captured(*arrays, gradient=gradient, **{name: options[name] for name in _OPTIONS})
         for arrays, gradient, (*_, options) in zip(seen, gradients, calls, strict=True)
     ]
 

@@ -1,0 +1,108 @@
+"""Reports of runs: of finished ones, of ones that just began, and of none."""
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from yoso_jax.reports import differences, read_run, summarize
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "report.py"
+
+
+def write_run(folder: Path, steps: int, *, seed: int = 0, ended: bool = True) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(
+        f"kind: lra\nrun_dir: {folder}\nsteps: 4\nseed: {seed}\noptimizer:\n  b1: 0.9\n"
+    )
+    lines = []
+    for step in range(1, steps + 1):
+        rates = {"steps_per_s": 10.0 * step, "tokens_per_s": 2000.0, "input_wait": 0.01}
+        train = {"step": step, "split": "train", "loss": 2.0 / step, **rates, "time": 3600.0 * step}
+        lines.append(json.dumps(train))
+        if step % 2 == 0:
+            valid = {"step": step, "split": "valid", "loss": 1.0, "f1": 0.9 - step / 10}
+            lines.append(json.dumps(valid))
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines) + '{"step": 9, "')
+    if ended:
+        (folder / "results.json").write_text('{"step": 4, "test_f1": 0.25, "valid_f1": 0.5}')
+    return folder
+
+
+@pytest.fixture
+def report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    def report(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+        code = 0
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return report
+
+
+def test_summary(tmp_path: Path) -> None:
+    runs = [
+        read_run(write_run(tmp_path / "whole", 4)),
+        read_run(write_run(tmp_path / "begun", 1, seed=3, ended=False)),
+    ]
+    headings, (whole, begun) = summarize(runs)
+    found = dict(zip(headings, whole, strict=True))
+    assert found == {
+        "run": "whole",
+        "steps": "4 of 4",
+        "valid loss": "1",
+        "valid f1": "0.5",
+        "best f1": "0.7 at 2",
+        "test f1": "0.25",
+        "steps/s": "25",
+        "tokens/s": "2,000",
+        "input wait": "1.0%",
+        "hours": "3.00",
+    }
+    assert begun[headings.index("steps")] == "1 of 4"
+    assert begun[headings.index("best f1")] == "-"
+    assert differences(runs) == (["field", "whole", "begun"], [["seed", "0", "3"]])
+
+
+def test_script(tmp_path: Path, report: Callable[..., tuple[int, str, str]]) -> None:
+    folders = [write_run(tmp_path / "a", 4), write_run(tmp_path / "b", 3, seed=1, ended=False)]
+    code, out, err = report(*folders, "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert "4 of 4" in out
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.startswith("# a, b\n\n| run | steps | ")
+    assert "| seed | 0 | 1 |" in text
+    assert "![curves](report.png)" in text
+    assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert report(folders[0])[0] == 0
+    assert "What differs" not in (folders[0] / "report.md").read_text()
+
+
+def test_run_without_records(tmp_path: Path, report: Callable[..., tuple[int, str, str]]) -> None:
+    folder = write_run(tmp_path / "new", 0, ended=False)
+    code, out, _ = report(folder)
+    assert code == 0
+    assert "no picture was drawn" in out
+    assert "0 of 4" in (folder / "report.md").read_text()
+
+
+def test_mistakes(tmp_path: Path, report: Callable[..., tuple[int, str, str]]) -> None:
+    assert report() == (2, "", "error: RUN_DIR: name one or more runs\n")
+    code, _, err = report(tmp_path / "none")
+    assert (code, "there is no run in" in err) == (4, True)
+    folders = [write_run(tmp_path / name, 1) for name in "ab"]
+    code, _, err = report(*folders)
+    assert (code, "--out: name a folder" in err) == (2, True)
+    (tmp_path / "file").write_text("")
+    assert report(*folders, "--out", tmp_path / "file")[0] == 2

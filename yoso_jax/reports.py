@@ -1,0 +1,201 @@
+"""Curves and a summary of training runs, side by side."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from yoso_jax.config_files import CONFIG_FILE
+from yoso_jax.errors import CheckpointError
+from yoso_jax.metrics import METRICS_FILE, read_metrics, score_name
+from yoso_jax.trainer import RESULTS_FILE
+
+REPORT_FILE = "report.md"
+PICTURE_FILE = "report.png"
+
+_UNSHOWN = ("step", "split", "time")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What a run left behind.
+
+    Attributes:
+      folder: its folder.
+      config: the fields of config.yaml, those of sections as `section.field`.
+      records: of metrics.jsonl.
+      results: of results.json; empty if the run has not ended.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    records: Sequence[Mapping[str, Any]]
+    results: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.folder.absolute().name
+
+    def split(self, name: str) -> list[Mapping[str, Any]]:
+        """The records of a split."""
+        return [record for record in self.records if record["split"] == name]
+
+    @property
+    def valid_split(self) -> str | None:
+        """The first split it was validated on; None if it was not yet."""
+        splits = (record["split"] for record in self.records)
+        return next((split for split in splits if split.startswith("valid")), None)
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Reads a run's folder.
+
+    Raises:
+        CheckpointError: there is no run in it, or its configuration is damaged.
+    """
+    try:
+        config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"there is no run in {folder} (no {CONFIG_FILE})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} is not valid YAML: {error}") from error
+    results = folder / RESULTS_FILE
+    return RunRecord(
+        folder,
+        _flatten(config),
+        read_metrics(folder / METRICS_FILE),
+        json.loads(results.read_text(encoding="utf-8")) if results.exists() else {},
+    )
+
+
+def summarize(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
+    """Headings and a row of cells a run.
+
+    Steps made of those asked for; the last and the best validation; what results.json has; medians
+    of the speed, and of the share of time spent waiting for input; hours from the first record to
+    the last.
+    """
+    rows = [_summarize(run) for run in runs]
+    headings = list(dict.fromkeys(name for row in rows for name in row))
+    return headings, [[row.get(name, "-") for name in headings] for row in rows]
+
+
+def differences(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
+    """The fields of the configurations in which runs differ, a row a field."""
+    names = dict.fromkeys(name for run in runs for name in run.config if name != "run_dir")
+    rows = []
+    for name in names:
+        values = [str(run.config.get(name, "-")) for run in runs]
+        if len(set(values)) > 1:
+            rows.append([name, *values])
+    return ["field", *(run.name for run in runs)], rows
+
+
+def to_markdown(runs: Sequence[RunRecord], picture: str | None) -> str:
+    """The summary, the picture if there is one, and what differs between the runs."""
+    parts = [f"# {', '.join(run.name for run in runs)}", markdown_table(*summarize(runs))]
+    if picture is not None:
+        parts.append(f"![curves]({picture})")
+    headings, rows = differences(runs)
+    if rows:
+        parts += ["## What differs", markdown_table(headings, rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table, its cells to the right but for the first of each row."""
+    rules = ["---", *["---:"] * (len(headings) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rules, *rows))
+
+
+def draw(path: Path, runs: Sequence[RunRecord]) -> bool:
+    """Draws a panel a metric, in each a line a run and split.
+
+    Returns whether it did: False if matplotlib is not installed or nothing is recorded.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    splits = list(dict.fromkeys(record["split"] for run in runs for record in run.records))
+    names = list(
+        dict.fromkeys(
+            name
+            for run in runs
+            for record in run.records
+            for name, value in record.items()
+            if name not in _UNSHOWN and isinstance(value, int | float)
+        )
+    )
+    if not names:
+        return False
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(5 * columns, 3.5 * lines), layout="constrained")
+    FigureCanvasAgg(figure)  # needs no display
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes, name in zip(panels, names, strict=False):
+        for number, run in enumerate(runs):
+            for split in splits:
+                points = [(r["step"], r[name]) for r in run.split(split) if name in r]
+                if points:
+                    style = {"linewidth": 1} if split == "train" else {"marker": "o"}
+                    label = run.name if split == "train" else f"{run.name}, {split}"
+                    alpha = 0.5 if split == "train" else 1.0
+                    steps, values = zip(*points, strict=True)
+                    axes.plot(
+                        steps, values, color=f"C{number}", label=label, alpha=alpha, markersize=3,
+                        **style,
+                    )  # fmt: skip
+        axes.set(xlabel="step", title=name)
+        axes.grid(alpha=0.3)
+    for axes in panels[len(names) :]:
+        axes.remove()
+    panels[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _summarize(run: RunRecord) -> dict[str, str]:
+    last = max((record["step"] for record in run.records), default=0)
+    row = {"run": run.name, "steps": f"{last:,} of {run.config.get('steps', 0):,}"}
+    if (split := run.valid_split) is not None:
+        records = run.split(split)
+        name = score_name(records[-1])
+        best = max(records, key=lambda record: record[name])
+        row |= {
+            f"{split} loss": f"{records[-1]['loss']:.4g}",
+            f"{split} {name}": f"{records[-1][name]:.4g}",
+            f"best {name}": f"{best[name]:.4g} at {best['step']:,}",
+        }
+    for name, value in run.results.items():
+        if isinstance(value, float) and not name.startswith("valid"):
+            row[name.replace("_", " ")] = f"{value:.4g}"
+    train = run.split("train")
+    for name, heading, style in (
+        ("steps_per_s", "steps/s", ".3g"),
+        ("tokens_per_s", "tokens/s", ",.0f"),
+        ("input_wait", "input wait", ".1%"),
+    ):
+        if values := [record[name] for record in train if name in record]:
+            row[heading] = f"{statistics.median(values):{style}}"
+    times = [record["time"] for record in run.records if "time" in record]
+    if times:
+        row["hours"] = f"{(max(times) - min(times)) / 3600:.2f}"
+    return row
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
