@@ -135,6 +135,7 @@ def draw(path: Path, runs: Sequence[RunRecord]) -> bool:
     )
     if not names:
         return False
+    names.sort(key=lambda name: name != "loss")  # first
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(5 * columns, 3.5 * lines), layout="constrained")
