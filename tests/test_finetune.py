@@ -115,7 +115,8 @@ def fine_tune(config: FinetuneConfig) -> tuple[Any, dict[str, Any], list[Path]]:
 
 
 def test_sequence_classification(make_config: Any) -> None:
-    prepared, metrics, files = fine_tune(make_config(GlueConfig("sst2"), "glue/SST-2"))
+    config = make_config(GlueConfig("sst2"), "glue/SST-2", length_buckets=(16, 32, LENGTH))
+    prepared, metrics, files = fine_tune(config)
     assert any("initialised afresh: classifier" in note for note in prepared.notes)
     assert any("not in this model: cls" in note for note in prepared.notes)
     assert list(metrics) == ["valid"]

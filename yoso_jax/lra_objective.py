@@ -69,6 +69,7 @@ class LRAObjective(Objective[TrainConfig]):
             shuffle=True,
             num_workers=self.config.num_workers,
             start=start,
+            length_buckets=self.config.length_buckets,
         )
 
     def loss(

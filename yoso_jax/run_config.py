@@ -30,6 +30,9 @@ class RunConfig(Validated):
     """Seed of the parameters that are drawn, the order of the data, dropout and hashing, >= 0."""
     batch_size: int = 32
     """Examples an update, >= 1."""
+    length_buckets: tuple[int, ...] | None = None
+    """Lengths to pad to, ascending up to `sequence_length`: a training batch then has examples of
+    about one length, and a step is compiled for each. None: all are padded to `sequence_length`."""
     accumulation_steps: int = 1
     """Parts a batch is processed in, one after the other, to save memory; it divides
     `batch_size`. Their gradients are averaged."""
@@ -82,6 +85,12 @@ class RunConfig(Validated):
         for name in ("run_dir", "data_dir"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 self._fail(name, "the name of a folder")
+        if self.length_buckets is not None:
+            steps = zip((0, *self.length_buckets), self.length_buckets, strict=False)
+            if not self.length_buckets or any(low >= high for low, high in steps):
+                self._fail("length_buckets", "ascending lengths >= 1, or None")
+            if self.length_buckets[-1] != self.sequence_length:
+                self._fail("length_buckets", f"up to sequence_length ({self.sequence_length})")
         if self.batch_size % self.accumulation_steps:
             self._fail("accumulation_steps", f"a divisor of batch_size ({self.batch_size})")
         if self.optimizer.warmup_steps > self.steps:

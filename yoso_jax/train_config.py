@@ -39,6 +39,14 @@ class TrainConfig(RunConfig):
                 f"sequence_length must be at most model.max_position_embeddings "
                 f"({self.model.max_position_embeddings}), got {self.sequence_length}"
             )
+        if self.length_buckets is not None and (self.model.pooling, self.model.mean_over) == (
+            "mean",
+            "all",
+        ):
+            raise ValueError(
+                "model.mean_over must be valid with length_buckets: a mean over padding, too, "
+                "depends on how much there is"
+            )
         self._check_task()
 
     def _check_task(self) -> None:

@@ -1,11 +1,14 @@
 """Batches of padded token sequences through Grain."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
+
+from yoso_jax.data.length_batches import LengthBatches
 
 Source = grain.sources.RandomAccessDataSource
 Batch = dict[str, np.ndarray]
@@ -26,6 +29,7 @@ def make_iterator(
     drop_remainder: bool = True,
     num_workers: int = 0,
     start: int = 0,
+    length_buckets: Sequence[int] | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Makes a resumable iterator of training batches.
 
@@ -49,6 +53,9 @@ def make_iterator(
       drop_remainder: drop a last batch that is not full, so that all shapes are equal.
       num_workers: processes that prepare batches; 0 prepares them in threads of this one.
       start: number of the first batch, >= 0; those before it are not prepared.
+      length_buckets: lengths to pad to instead of `max_length`, ascending up to it; batches without
+        end, shuffled, are then those of `yoso_jax.data.length_batches`. The source must have
+        `lengths`.
 
     Raises:
       ValueError: an argument or an example is out of range; the message names it. An example of a
@@ -67,6 +74,14 @@ def make_iterator(
                 f"batch_size must be at most {num_examples}, the examples in num_epochs="
                 f"{num_epochs}, when drop_remainder is set; got {batch_size}"
             )
+    if length_buckets is not None:
+        if not shuffle or num_epochs is not None or tuple(length_buckets)[-1] != max_length:
+            raise ValueError(
+                "length_buckets must end with max_length, and needs shuffle and num_epochs=None"
+            )
+        lengths: Any = getattr(source, "lengths")  # noqa: B009 (only of some sources)
+        batches = LengthBatches(source, lengths, length_buckets, batch_size, seed, _pad)
+        return iterate(grain.MapDataset.source(batches), num_workers, start)
     dataset = grain.MapDataset.source(source)
     if shuffle:
         dataset = dataset.shuffle(shuffle_seed(seed))

@@ -1,11 +1,12 @@
 """Batches of one shape from features of many lengths."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import grain
 import numpy as np
 
+from yoso_jax.data.length_batches import LengthBatches
 from yoso_jax.data.pipeline import READ_OPTIONS, Batch, iterate, shuffle_seed
 from yoso_jax.finetuning.features import Features, Row
 from yoso_jax.losses import IGNORED
@@ -20,6 +21,7 @@ def train_batches(
     seed: int,
     num_workers: int = 0,
     start: int = 0,
+    length_buckets: Sequence[int] | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Makes a resumable iterator of batches, without end, each epoch in its own random order.
 
@@ -31,10 +33,16 @@ def train_batches(
         seed: >= 0; orders the rows.
         num_workers: processes that prepare batches; 0 prepares them in threads of this one.
         start: number of the first batch.
+        length_buckets: lengths to pad to instead, ascending up to `max_length`; batches are then
+            those of `yoso_jax.data.length_batches`.
 
     Returns:
         Batches of what a model is called with, see `pad_row`.
     """
+    if length_buckets is not None:
+        pad = functools.partial(pad_row, pad_id=pad_id)
+        batches = LengthBatches(features, features.lengths, length_buckets, batch_size, seed, pad)
+        return iterate(grain.MapDataset.source(batches), num_workers, start)
     return iterate(
         grain.MapDataset.source(features)
         .shuffle(shuffle_seed(seed))

@@ -45,6 +45,12 @@ class Features:
     def __getitem__(self, index: int) -> Row:
         return self.rows[index]
 
+    @property
+    def lengths(self) -> Int[np.ndarray, " rows"]:
+        """Tokens of each row, of multiple choice of its longest choice."""
+        ids = (row["input_ids"] for row in self.rows)
+        return np.array([max(map(len, x)) if isinstance(x, tuple) else len(x) for x in ids])
+
     def column(self, name: str) -> Shaped[np.ndarray, " rows"]:
         """The label of each row, where that is one number."""
         return np.array([row[name] for row in self.rows])

@@ -81,6 +81,7 @@ class FinetuneObjective(Objective[FinetuneConfig]):
             seed=self.config.seed,
             num_workers=self.config.num_workers,
             start=start,
+            length_buckets=self.config.length_buckets,
         )
 
     def loss(

@@ -35,4 +35,6 @@ class PretrainConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_integer("sequence_length", 4 if self.data.sentence_order else 2)
+        if self.length_buckets is not None:
+            self._fail("length_buckets", "None: sequences are packed, so all have one length")
         self._check_choice("position_extension", (None, *get_args(PositionExtension)))
