@@ -78,6 +78,7 @@ def test_own_fields_survive_a_round_trip() -> None:
         hf_mask_compat=True,
         scan_layers=True,
         remat=True,
+        remat_policy="dots_saveable",
         attention_implementation="xla",
         architectures=("YosoModel",),
         eos_token_id=(2, 3),

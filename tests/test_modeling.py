@@ -98,7 +98,8 @@ def test_every_parameter_is_trained(looped: Any) -> None:
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_scanned_and_recomputed_layers_change_nothing(looped: Any, scan_layers: bool) -> None:
-    config = SAMPLED.replace(scan_layers=scan_layers, remat=True)
+    policy = "dots_saveable" if scan_layers else "nothing_saveable"
+    config = SAMPLED.replace(scan_layers=scan_layers, remat=True, remat_policy=policy)
     loss, gradients = loss_and_gradients(make(YosoForMaskedLM, config))
     np.testing.assert_allclose(loss, looped[0], rtol=1e-5)
     assert gradients.keys() == looped[1].keys()

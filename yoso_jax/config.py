@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from flax.core import FrozenDict
 
@@ -22,6 +22,7 @@ from yoso_jax.validation import Validated
 
 CONFIG_FILE = "config.json"
 
+RematPolicy = Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 
@@ -91,6 +92,9 @@ class EncoderConfig(Validated):
     """Stack the layers' parameters and scan over them: one layer is compiled instead of all."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    remat_policy: RematPolicy = "nothing_saveable"
+    """What `remat` keeps all the same, one of `jax.checkpoint_policies`: nothing, all matrix
+    products, or those without a batch dimension, i.e. with parameters."""
     attention_implementation: str | None = None
     """`implementation` of `yoso_attention`, or of `jax.nn.dot_product_attention` ("xla" or "cudnn")
     if `attention` is "softmax"; None lets it choose."""
@@ -121,6 +125,7 @@ class EncoderConfig(Validated):
         ):
             self._check_bool(name)
         self._check_choice("hidden_act", ACTIVATIONS)
+        self._check_choice("remat_policy", get_args(RematPolicy))
         self._check_choice("bit_layout", ("spread", "block"))
         self._check_choice("attention_backward", (None, "auto", *BACKWARDS))
         self._check_integer("num_backward_hashes", optional=True)
@@ -397,6 +402,7 @@ _WRITTEN_IF_CHANGED = frozenset(
         "hf_mask_compat",
         "scan_layers",
         "remat",
+        "remat_policy",
         "attention_implementation",
         "chunk_size_feed_forward",
         "architectures",

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
-from yoso_jax.config import YosoConfig
+from yoso_jax.config import RematPolicy, YosoConfig
 from yoso_jax.conversion.load import make_plan
 from yoso_jax.conversion.plan import Plan
 from yoso_jax.conversion.positions import PositionExtension
@@ -44,6 +44,7 @@ class ModelOptions:
     bucket_bits: int | None = None
     conv_window: int | None = None
     remat: bool | None = None
+    remat_policy: RematPolicy | None = None
     attention_implementation: str | None = None
 
     def given(self) -> dict[str, Any]:

@@ -278,7 +278,8 @@ class Encoder(nnx.Module):
             return y, (x if output_hidden_states else None, context if output_attentions else None)
 
         if self.config.remat:
-            step = jax.checkpoint(step)
+            policy = getattr(jax.checkpoint_policies, self.config.remat_policy)
+            step = jax.checkpoint(step, policy=policy)
         if self.config.scan_layers:
             x, (inputs, contexts) = lax.scan(lambda x, xs: step(x, *xs), x, (self.layers, keys))
         else:
