@@ -164,7 +164,7 @@ def test_the_task_is_a_field_of_data_in_yaml(tmp_path: Path) -> None:
     listops = tiny_config(tmp_path)
     path.write_text(dump_config(listops).replace("  task: listops\n", ""))
     assert load_config(path) == listops
-    accepted = "'listops' or 'pathfinder' or 'image' or 'text' or 'retrieval'"
+    accepted = "'listops' or 'pathfinder' or 'image' or 'text' or 'retrieval' or 'recall'"
     for bad in ("chess", "[text]", "3"):
         path.write_text(text.replace("task: pathfinder", f"task: {bad}"))
         with pytest.raises(ConfigError, match=f"field 'data.task' must be {accepted}, got"):
