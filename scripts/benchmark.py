@@ -19,7 +19,12 @@
   `B * N * (T + S) * m * D * 2 bytes / 31 TB/s` on an H100. `floor_fraction` is that divided by the
   device time, `kernel_floor_fraction` divided by the time of the kernel `lsh_cumulation` alone.
 - `model`: loss and gradients of all parameters of a `YosoForMaskedLM` of base size, without
-  dropout, its layers scanned; bfloat16 with float32 parameters.
+  dropout, its layers scanned; bfloat16 with float32 parameters. `softmax` has cuDNN's attention on
+  a GPU; `sampled`, `sampled_mixed` and `sampled_bucketed` are sampled with the three gradients.
+  `transformers_roberta` (SDPA) and `transformers_yoso` (in expectation) are the models of the same
+  size in PyTorch, all bfloat16, each in a process of its own, where that is installed: let JAX
+  leave memory for them by `XLA_PYTHON_CLIENT_PREALLOCATE=false`. `speed_wall` is the time of
+  `softmax` at the same n divided by the row's.
 
 Times are of compiled functions, see `yoso_jax.benchmarking.measure`; the JSON file is described in
 `yoso_jax.benchmarking.report`. What an implementation cannot do becomes a row with a `reason`.

@@ -18,6 +18,7 @@ from run_helpers import fast_compilations
 from yoso_jax.benchmarking.base import Case, run_case
 from yoso_jax.benchmarking.measure import measure, sum_kernels
 from yoso_jax.benchmarking.operations import Attention, Cumulation, Hash
+from yoso_jax.benchmarking.torch_models import MODELS
 from yoso_jax.errors import DiskFullError
 
 ROOT = Path(__file__).parents[1]
@@ -290,10 +291,25 @@ def test_model(benchmark: Any) -> None:
     size = ["--layers", 1, "--hidden-size", 16, "--heads", 2, "--vocab-size", 20]
     report, out = benchmark("model", *SMALL, *size)
     rows = by_name(report)
-    assert list(rows) == [("sampled", 16, 3), ("expectation", 16, None)]
+    assert list(rows) == [
+        ("softmax", 16, None),
+        ("expectation", 16, None),
+        ("sampled", 16, 3),
+        ("sampled_mixed", 16, 3),
+        ("sampled_bucketed", 16, 3),
+        ("transformers_roberta", 16, None),
+        ("transformers_yoso", 16, None),
+    ]
+    softmax, *_ = report["rows"]
     for row in report["rows"]:
         assert row["batch"] == 4
-        assert row["tokens_per_s"] == pytest.approx(64e3 / row["wall_ms"])
+        if "reason" not in row:
+            assert row["tokens_per_s"] == pytest.approx(64e3 / row["wall_ms"])
+            assert row["speed_wall"] == pytest.approx(softmax["wall_ms"] / row["wall_ms"])
+    assert [row["implementation"] for row in report["rows"] if "reason" in row] in (
+        [],
+        list(MODELS),
+    )
     assert "tokens/s" in out
 
 

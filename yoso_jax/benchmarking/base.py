@@ -24,6 +24,17 @@ class Case:
     """Further fields from the measured row."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Rival:
+    """One row to be, of what JAX does not run."""
+
+    row: Row
+    measure: Callable[[float], Row]
+    """From about how long to time it to the fields of `Measurement`, as far as there are any."""
+    derive: Callable[[Row], Row] = lambda row: {}
+    """Further fields from the measured row."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark:
     """What all benchmarks take. Defaults are smaller on a CPU."""
@@ -70,15 +81,18 @@ class Benchmark:
             n = tuple(x for x in n if x <= tokens) or (tokens,)
         return dataclasses.replace(self, n=n, tokens=tokens)
 
-    def cases(self) -> Iterator[Case]:
+    def cases(self) -> Iterator[Case | Rival]:
         """What to time, in order."""
         raise NotImplementedError
 
 
-def run_case(case: Case, seconds: float) -> Row:
+def run_case(case: Case | Rival, seconds: float) -> Row:
     """The row, with times or with the reason why there are none."""
     try:
-        measured = case.row | measure(case.function, case.make_inputs, seconds=seconds).row()
+        if isinstance(case, Rival):
+            measured = case.row | case.measure(seconds)
+        else:
+            measured = case.row | measure(case.function, case.make_inputs, seconds=seconds).row()
     # Whatever goes wrong, the other rows are worth having.
     except Exception as error:
         return case.row | {"reason": _explain(error)}

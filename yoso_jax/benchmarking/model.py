@@ -10,11 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from yoso_jax.benchmarking.base import Benchmark, Case
+from yoso_jax.benchmarking.base import Benchmark, Case, Rival
 from yoso_jax.benchmarking.report import Row
+from yoso_jax.benchmarking.torch_models import MODELS, Options, run
 from yoso_jax.config import YosoConfig
 from yoso_jax.errors import ConfigError
 from yoso_jax.modeling.heads import YosoForMaskedLM
+
+# Gradients of queries and keys, by the name of the row.
+_BACKWARDS = {"sampled": "sampled", "sampled_mixed": "expectation", "sampled_bucketed": "bucketed"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +41,13 @@ class Model(Benchmark):
     implementation: str | None = None
     """Of the attention; by default the best that applies."""
 
-    def build(self, m: int | None) -> YosoForMaskedLM:
-        """A model with sampled attention, or with attention in expectation where m is None."""
+    def build(self, name: str, m: int | None) -> YosoForMaskedLM:
+        """A model of this package by the name of its row."""
+        backward: Any = _BACKWARDS.get(name)
+        is_softmax = name == "softmax"
+        implementation = self.implementation
+        if is_softmax:
+            implementation = "cudnn" if jax.default_backend() == "gpu" else "xla"
         try:
             config = YosoConfig(
                 vocab_size=self.vocab_size,
@@ -47,31 +56,46 @@ class Model(Benchmark):
                 num_attention_heads=self.heads,
                 intermediate_size=4 * self.hidden_size,
                 max_position_embeddings=max(self.n),
+                attention="softmax" if is_softmax else "yoso",
                 use_expectation=m is None,
                 num_hash=m or 1,
                 hash_code_len=self.hash_code_len,
+                attention_backward=backward,
                 scan_layers=True,
-                attention_implementation=self.implementation,
+                attention_implementation=implementation,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
         return YosoForMaskedLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(params=0))
 
-    def cases(self) -> Iterator[Case]:
-        """Each n, sampled with each m and in expectation."""
-        params = jax.jit(lambda: nnx.state(self.build(None)))()  # the same for all
+    def cases(self) -> Iterator[Case | Rival]:
+        """Each n: softmax, in expectation, sampled with each m and gradient, and the rivals."""
+        params = jax.jit(lambda: nnx.state(self.build("expectation", None)))()  # the same for all
+        variants = [("softmax", None), ("expectation", None)]
+        variants += [(name, m) for m in self.m for name in _BACKWARDS]
         for n in self.n:
             assert self.tokens is not None
             shape = (self.tokens // n, n)
-            for m in (*self.m, None):
-                graphdef = nnx.graphdef(nnx.eval_shape(functools.partial(self.build, m)))
-                name = "sampled" if m else "expectation"
+            derive = functools.partial(_derive, {})
+            for name, m in variants:
+                graphdef = nnx.graphdef(nnx.eval_shape(functools.partial(self.build, name, m)))
                 yield Case(
                     {"implementation": name, "n": n, "m": m, "batch": shape[0]},
                     functools.partial(_loss_and_gradients, graphdef),
                     functools.partial(self.make_inputs, params, shape),
-                    _add_rate,
+                    derive,
                 )
+            for name in MODELS:
+                yield Rival(
+                    {"implementation": name, "n": n, "m": None, "batch": shape[0]},
+                    functools.partial(self.run_rival, name, shape),
+                    derive,
+                )
+
+    def run_rival(self, name: str, shape: tuple[int, int], seconds: float) -> Row:
+        """Times a model of transformers."""
+        sizes = (self.layers, self.hidden_size, self.heads, self.vocab_size, self.hash_code_len)
+        return run(Options(name, *shape, *sizes, seconds))
 
     def make_inputs(self, params: Any, shape: tuple[int, int], number: int) -> tuple:
         """The parameters, ids that change with the number, and a key for the hashes."""
@@ -86,5 +110,9 @@ def _loss_and_gradients(graphdef: nnx.GraphDef, params: Any, ids: Array, key: Ar
     return jax.value_and_grad(loss)(params)
 
 
-def _add_rate(row: Row) -> Row:
-    return {"tokens_per_s": 1e3 * row["batch"] * row["n"] / row["wall_ms"]}
+def _derive(softmax: Row, row: Row) -> Row:
+    """Tokens a second, and the speed beside `softmax`, which is kept when it comes by."""
+    if row["implementation"] == "softmax":
+        softmax.update(row)
+    rate = {"tokens_per_s": 1e3 * row["batch"] * row["n"] / row["wall_ms"]}
+    return rate | ({"speed_wall": softmax["wall_ms"] / row["wall_ms"]} if softmax else {})
