@@ -182,6 +182,13 @@ def test_batch_of_a_loss_that_is_not_finite_is_kept(
     assert batch["input_ids"].min() == 99
 
 
+def test_loss_that_is_too_large_ends_the_run(folder: Path) -> None:
+    config = tiny_config(folder, "diverged", evaluate_every=2, max_loss=0.1)
+    with pytest.raises(NonFiniteError, match=r"above max_loss \(0\.1\) at step 3; .* of step 2"):
+        run(config)
+    assert [r["step"] for r in numbers(config.run_dir)] == [2, 3]
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -189,6 +196,7 @@ def test_batch_of_a_loss_that_is_not_finite_is_kept(
         ("ema_decay", 1.0, "ema_decay must be a finite number in"),
         ("patience", 0, "patience must be an integer >= 1 or None"),
         ("final_checkpoint", "first", "final_checkpoint must be one of 'latest', 'best'"),
+        ("max_loss", 0.0, "max_loss must be a finite number > 0, or None"),
         ("num_workers", -1, "num_workers must be an integer >= 0"),
         ("fsdp", 0, "fsdp must be an integer >= 1"),
     ],

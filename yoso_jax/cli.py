@@ -8,7 +8,7 @@ from collections.abc import Callable
 from yoso_jax.errors import RunError
 
 EXIT_CODES = """exit codes: 0 done, or stopped by SIGTERM and saved; 2 configuration or option;
-3 data; 4 checkpoint; 5 loss not finite; 6 disk full; 130 Ctrl-C"""
+3 data; 4 checkpoint; 5 loss not finite or too large; 6 disk full; 130 Ctrl-C"""
 
 
 def run(main: Callable[[], None]) -> None:

@@ -28,7 +28,7 @@ class CheckpointError(RunError):
 
 
 class NonFiniteError(RunError):
-    """The loss or its gradient stopped being a finite number."""
+    """The loss diverged: it or its gradient is no finite number, or above what was allowed."""
 
     exit_code = 5
 

@@ -56,6 +56,9 @@ class RunConfig(Validated):
     """Checkpoints kept besides the best by validation, >= 1."""
     patience: int | None = None
     """Validations in a row without a new best after which the run ends, >= 1; none: it does not."""
+    max_loss: float | None = None
+    """Mean training loss of a line of metrics above which the run ends as diverged, > 0; none: it
+    only ends where the loss or its gradient is not finite."""
     final_checkpoint: Literal["latest", "best"] = "latest"
     """The parameters that are tested and kept in the end: the newest, or the best by validation."""
     tensorboard: bool = False
@@ -82,6 +85,8 @@ class RunConfig(Validated):
         self._check_bool("tensorboard")
         if self.ema_decay is not None:
             self._check_number("ema_decay", "in (0, 1), or None", lambda value: 0 < value < 1)
+        if self.max_loss is not None:
+            self._check_number("max_loss", "> 0, or None", lambda value: value > 0)
         for name in ("run_dir", "data_dir"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 self._fail(name, "the name of a folder")
@@ -109,6 +114,7 @@ FREE_ON_RESUME = (
     "evaluate_every",
     "keep_latest",
     "patience",
+    "max_loss",
     "final_checkpoint",
     "tensorboard",
 )

@@ -89,7 +89,8 @@ def train(
             see also `yoso_jax.kinds.make_objective`.
         DataError: see `yoso_jax.kinds.make_objective`.
         CheckpointError: no checkpoint can be read, or that to start from.
-        NonFiniteError: the loss or its gradient is not finite; that state is not saved.
+        NonFiniteError: the loss or its gradient is not finite, or above `max_loss`; that state is
+            not saved.
         DiskFullError: the last complete checkpoint can still be used.
         Interrupted: Ctrl-C; the state was saved.
     """
@@ -182,6 +183,12 @@ def _train(
                 }
                 metrics.write(record)
                 progress.train(record)
+                if config.max_loss is not None and record["loss"] > config.max_loss:
+                    checkpoints.wait()
+                    raise NonFiniteError(
+                        f"the loss, {record['loss']:.4g}, is above max_loss ({config.max_loss:g}) "
+                        f"at step {step}; {_last_checkpoint(checkpoints)}"
+                    )
             if validate:
                 with throughput.paused():
                     results = _validate(objective, evaluation, evaluated_params(state))
