@@ -14,8 +14,7 @@ from rich.table import Table
 
 from yoso_jax import cli
 from yoso_jax.errors import ConfigError, DiskFullError, is_disk_full
-from yoso_jax.metrics import write_atomically
-from yoso_jax.reports import PICTURE_FILE, REPORT_FILE, draw, read_run, summarize, to_markdown
+from yoso_jax.reports import REPORT_FILE, read_run, summarize, write_report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +37,7 @@ def main() -> None:
     runs = [read_run(folder) for folder in arguments.run_dirs]
     out = arguments.out or arguments.run_dirs[0]
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        picture = PICTURE_FILE if draw(out / PICTURE_FILE, runs) else None
-        write_atomically(out / REPORT_FILE, to_markdown(runs, picture))
+        has_picture = write_report(out, runs)
     except OSError as error:
         raise (DiskFullError if is_disk_full(error) else ConfigError)(str(error)) from error
     headings, rows = summarize(runs)
@@ -50,7 +47,7 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     console.print(f"{out / REPORT_FILE}", highlight=False, soft_wrap=True)
-    if picture is None:
+    if not has_picture:
         console.print("no picture was drawn: nothing is recorded, or matplotlib is not installed")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from yoso_jax.reports import differences, read_run, summarize
+from yoso_jax.reports import differences, label_runs, markdown_table, read_run, summarize
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "report.py"
 
@@ -63,7 +63,7 @@ def test_summary(tmp_path: Path) -> None:
         "steps": "4 of 4",
         "valid loss": "1",
         "valid f1": "0.5",
-        "best f1": "0.7 at 2",
+        "best valid f1": "0.7 at 2",
         "test f1": "0.25",
         "steps/s": "25",
         "tokens/s": "2,000",
@@ -71,7 +71,7 @@ def test_summary(tmp_path: Path) -> None:
         "hours": "3.00",
     }
     assert begun[headings.index("steps")] == "1 of 4"
-    assert begun[headings.index("best f1")] == "-"
+    assert begun[headings.index("best valid f1")] == "-"
     assert differences(runs) == (["field", "whole", "begun"], [["seed", "0", "3"]])
 
 
@@ -102,7 +102,43 @@ def test_mistakes(tmp_path: Path, report: Callable[..., tuple[int, str, str]]) -
     code, _, err = report(tmp_path / "none")
     assert (code, "there is no run in" in err) == (4, True)
     folders = [write_run(tmp_path / name, 1) for name in "ab"]
+    (folders[0] / "results.json").write_text('{"step": 4, ')
+    code, _, err = report(folders[0])
+    assert (code, "results.json is not valid JSON" in err) == (4, True)
+    for content in ("", "- steps", "steps: null\n"):
+        (folders[0] / "config.yaml").write_text(content)
+        code, _, err = report(folders[0])
+        assert (code, "it says no `steps`" in err) == (4, True)
+    folders[0] = write_run(tmp_path / "c", 1)
     code, _, err = report(*folders)
     assert (code, "--out: name a folder" in err) == (2, True)
     (tmp_path / "file").write_text("")
     assert report(*folders, "--out", tmp_path / "file")[0] == 2
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.png"])
+def test_files_of_others_stay(
+    tmp_path: Path, report: Callable[..., tuple[int, str, str]], name: str
+) -> None:
+    folder = write_run(tmp_path / "run", 2)
+    (folder / name).write_text("mine")
+    code, _, err = report(folder)
+    assert (code, f"{name} is " in err) == (2, True)
+    assert (folder / name).read_text() == "mine"
+    assert len(list(folder.glob("report.*"))) == 1
+
+
+def test_runs_of_one_name(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / name / "run", 2, seed=i)) for i, name in enumerate("ab")]
+    assert label_runs(runs) == [str(tmp_path / name / "run") for name in "ab"]
+    assert label_runs(runs[:1]) == ["run"]
+
+
+def test_every_validation_and_vertical_bars(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 2)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 2, "split": "valid_other", "loss": 3.0, "time": 1.0}\n[1]\n')
+    headings, (cells,) = summarize([read_run(folder)])
+    assert cells[headings.index("valid_other loss")] == "3"
+    assert not any("valid_other" in name and "loss" not in name for name in headings)
+    assert markdown_table(["a"], [["b|c"]]).endswith("| b\\|c |")

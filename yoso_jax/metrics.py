@@ -24,23 +24,32 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(record, dict) and record.keys() >= {"step", "split"}:
+            records.append(record)
     return records
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file so that a reader sees the old text or the new, never a part."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces a file so that a reader sees the old content or the new, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)
 
 
-def score_name(metrics: Mapping[str, Any]) -> str:
-    """The name of what ranks checkpoints: the metric after the loss."""
-    names = list(metrics)
-    return names[names.index("loss") + 1]
+def score_name(metrics: Mapping[str, Any]) -> str | None:
+    """The name of what ranks checkpoints: the metric after the loss; None if there is none."""
+    names = [name for name in metrics if name != "time"]
+    return next(iter(names[names.index("loss") + 1 :]), None)
+
+
+def score(metrics: Mapping[str, Any]) -> float:
+    """What ranks checkpoints, see `score_name`."""
+    name = score_name(metrics)
+    assert name is not None
+    return metrics[name]
 
 
 class MetricsWriter:
@@ -159,7 +168,8 @@ def plot_curves(run_dir: Path) -> Path | None:
         return None
     records = read_metrics(run_dir / METRICS_FILE)
     validations = [record for record in records if record["split"].startswith("valid")]
-    names = ["loss", score_name(validations[0])] if validations else ["loss"]
+    scored = score_name(validations[0]) if validations else None
+    names = ["loss"] if scored is None else ["loss", scored]
     splits = dict.fromkeys(record["split"] for record in records)
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     FigureCanvasAgg(figure)  # needs no display

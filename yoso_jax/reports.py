@@ -1,6 +1,7 @@
 """Curves and a summary of training runs, side by side."""
 
 import dataclasses
+import io
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,14 +11,15 @@ from typing import Any
 import yaml
 
 from yoso_jax.config_files import CONFIG_FILE
-from yoso_jax.errors import CheckpointError
-from yoso_jax.metrics import METRICS_FILE, read_metrics, score_name
+from yoso_jax.errors import CheckpointError, ConfigError
+from yoso_jax.metrics import METRICS_FILE, read_metrics, score_name, write_atomically
 from yoso_jax.trainer import RESULTS_FILE
 
 REPORT_FILE = "report.md"
 PICTURE_FILE = "report.png"
 
 _UNSHOWN = ("step", "split", "time")
+_MARK = "<!-- written by scripts/report.py, which may replace this file and the picture -->"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,31 +48,70 @@ class RunRecord:
         return [record for record in self.records if record["split"] == name]
 
     @property
-    def valid_split(self) -> str | None:
-        """The first split it was validated on; None if it was not yet."""
-        splits = (record["split"] for record in self.records)
-        return next((split for split in splits if split.startswith("valid")), None)
+    def valid_splits(self) -> list[str]:
+        """The splits it was validated on, in order of their first validation."""
+        splits = dict.fromkeys(record["split"] for record in self.records)
+        return [split for split in splits if split.startswith("valid")]
 
 
 def read_run(folder: Path) -> RunRecord:
     """Reads a run's folder.
 
     Raises:
-        CheckpointError: there is no run in it, or its configuration is damaged.
+        CheckpointError: there is no run in it, or its configuration or results are damaged.
     """
+    path = folder / CONFIG_FILE
     try:
-        config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"there is no run in {folder} (no {CONFIG_FILE})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE} is not valid YAML: {error}") from error
-    results = folder / RESULTS_FILE
-    return RunRecord(
-        folder,
-        _flatten(config),
-        read_metrics(folder / METRICS_FILE),
-        json.loads(results.read_text(encoding="utf-8")) if results.exists() else {},
-    )
+        raise CheckpointError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("steps"), int):
+        raise CheckpointError(f"{path} is not the configuration of a run: it says no `steps`")
+    path, results = folder / RESULTS_FILE, {}
+    if path.exists():
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(results, dict):
+            raise CheckpointError(f"{path} must hold a JSON object")
+    return RunRecord(folder, _flatten(config), read_metrics(folder / METRICS_FILE), results)
+
+
+def label_runs(runs: Sequence[RunRecord]) -> list[str]:
+    """A label a run, all different: the names of their folders, or the paths."""
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.folder.absolute()) for run in runs]
+    return names
+
+
+def write_report(out: Path, runs: Sequence[RunRecord]) -> bool:
+    """Writes `report.md` and, if there is anything to draw, `report.png`.
+
+    Returns whether there is a picture.
+
+    Raises:
+        ConfigError: there is such a file that is none of an earlier report.
+        OSError: they cannot be written.
+    """
+    report, picture = out / REPORT_FILE, out / PICTURE_FILE
+    if report.exists():
+        if _MARK not in report.read_text(encoding="utf-8", errors="replace"):
+            raise ConfigError(f"--out: {report} is not a report of this script; move it away")
+    elif picture.exists():
+        raise ConfigError(f"--out: {picture} is of no report of this script; move it away")
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = draw(runs)
+    # The report first, for it says whose the picture is.
+    write_atomically(report, to_markdown(runs, None if drawn is None else PICTURE_FILE))
+    if drawn is None:
+        picture.unlink(missing_ok=True)
+    else:
+        write_atomically(picture, drawn)
+    return drawn is not None
 
 
 def summarize(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
@@ -80,7 +121,9 @@ def summarize(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
     of the speed, and of the share of time spent waiting for input; hours from the first record to
     the last.
     """
-    rows = [_summarize(run) for run in runs]
+    rows = [
+        {"run": label} | _summarize(run) for label, run in zip(label_runs(runs), runs, strict=True)
+    ]
     headings = list(dict.fromkeys(name for row in rows for name in row))
     return headings, [[row.get(name, "-") for name in headings] for row in rows]
 
@@ -93,36 +136,37 @@ def differences(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
         values = [str(run.config.get(name, "-")) for run in runs]
         if len(set(values)) > 1:
             rows.append([name, *values])
-    return ["field", *(run.name for run in runs)], rows
+    return ["field", *label_runs(runs)], rows
 
 
 def to_markdown(runs: Sequence[RunRecord], picture: str | None) -> str:
     """The summary, the picture if there is one, and what differs between the runs."""
-    parts = [f"# {', '.join(run.name for run in runs)}", markdown_table(*summarize(runs))]
+    parts = [f"# {', '.join(label_runs(runs))}", markdown_table(*summarize(runs))]
     if picture is not None:
         parts.append(f"![curves]({picture})")
     headings, rows = differences(runs)
     if rows:
         parts += ["## What differs", markdown_table(headings, rows)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, _MARK]) + "\n"
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table, its cells to the right but for the first of each row."""
     rules = ["---", *["---:"] * (len(headings) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rules, *rows))
+    lines = ([cell.replace("|", r"\|") for cell in cells] for cells in (headings, rules, *rows))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def draw(path: Path, runs: Sequence[RunRecord]) -> bool:
+def draw(runs: Sequence[RunRecord]) -> bytes | None:
     """Draws a panel a metric, in each a line a run and split.
 
-    Returns whether it did: False if matplotlib is not installed or nothing is recorded.
+    Returns the PNG file; None if matplotlib is not installed or nothing is recorded.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        return False
+        return None
     splits = list(dict.fromkeys(record["split"] for run in runs for record in run.records))
     names = list(
         dict.fromkeys(
@@ -134,7 +178,7 @@ def draw(path: Path, runs: Sequence[RunRecord]) -> bool:
         )
     )
     if not names:
-        return False
+        return None
     names.sort(key=lambda name: name != "loss")  # first
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
@@ -142,12 +186,12 @@ def draw(path: Path, runs: Sequence[RunRecord]) -> bool:
     FigureCanvasAgg(figure)  # needs no display
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, name in zip(panels, names, strict=False):
-        for number, run in enumerate(runs):
+        for number, (label_of_run, run) in enumerate(zip(label_runs(runs), runs, strict=True)):
             for split in splits:
                 points = [(r["step"], r[name]) for r in run.split(split) if name in r]
                 if points:
                     style = {"linewidth": 1} if split == "train" else {"marker": "o"}
-                    label = run.name if split == "train" else f"{run.name}, {split}"
+                    label = label_of_run if split == "train" else f"{label_of_run}, {split}"
                     alpha = 0.5 if split == "train" else 1.0
                     steps, values = zip(*points, strict=True)
                     axes.plot(
@@ -159,22 +203,24 @@ def draw(path: Path, runs: Sequence[RunRecord]) -> bool:
     for axes in panels[len(names) :]:
         axes.remove()
     panels[0].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    return True
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()
 
 
 def _summarize(run: RunRecord) -> dict[str, str]:
     last = max((record["step"] for record in run.records), default=0)
-    row = {"run": run.name, "steps": f"{last:,} of {run.config.get('steps', 0):,}"}
-    if (split := run.valid_split) is not None:
-        records = run.split(split)
-        name = score_name(records[-1])
-        best = max(records, key=lambda record: record[name])
-        row |= {
-            f"{split} loss": f"{records[-1]['loss']:.4g}",
-            f"{split} {name}": f"{records[-1][name]:.4g}",
-            f"best {name}": f"{best[name]:.4g} at {best['step']:,}",
-        }
+    row = {"steps": f"{last:,} of {run.config['steps']:,}"}
+    for split in run.valid_splits:
+        records = [record for record in run.split(split) if "loss" in record]
+        if not records:
+            continue
+        row[f"{split} loss"] = f"{records[-1]['loss']:.4g}"
+        if (name := score_name(records[-1])) is not None:
+            scored = [record for record in records if name in record]
+            best = max(scored, key=lambda record: record[name])
+            row[f"{split} {name}"] = f"{records[-1][name]:.4g}"
+            row[f"best {split} {name}"] = f"{best[name]:.4g} at {best['step']:,}"
     for name, value in run.results.items():
         if isinstance(value, float) and not name.startswith("valid"):
             row[name.replace("_", " ")] = f"{value:.4g}"

@@ -33,7 +33,7 @@ from yoso_jax.metrics import (
     check_tensorboard,
     plot_curves,
     read_metrics,
-    score_name,
+    score,
     write_atomically,
 )
 from yoso_jax.objective import Evaluation, Objective
@@ -199,7 +199,7 @@ def _train(
                     metrics.write(record)
                     progress.valid(record)
                 first = results[objective.valid_splits[0]]
-                scores.append(first[score_name(first)])
+                scores.append(score(first))
             if validate or stop:
                 checkpoints.save(step, to_checkpoint(state), scores[-1] if validate else None)
             if stop:
@@ -241,7 +241,7 @@ def _validate(
 def _scores(run_dir: Path, split: str, step: int) -> list[float]:
     """What validations up to a step gave, for a run to know when to end after it was resumed."""
     return [
-        record[score_name(record)]
+        score(record)
         for record in read_metrics(run_dir / METRICS_FILE)
         if record["split"] == split and record["step"] <= step
     ]
