@@ -56,12 +56,25 @@ def test_examples_depend_on_the_configuration_alone(tmp_path: Path) -> None:
     np.testing.assert_array_equal(data.train[3]["input_ids"], first.tokens[63:84])
 
 
+def test_examples_to_train_on_may_be_shorter() -> None:
+    config = dataclasses.replace(SMALL, length=80, min_length=20, num_train=1000)
+    examples = generate(config)
+    lengths = np.diff(examples.offsets)
+    assert set(lengths[1000:]) == {80}
+    assert (lengths[:1000].min(), lengths[:1000].max()) == (20, 80)
+    assert 0.45 < (lengths[:1000] < 40).mean() < 0.55
+    for start, length in zip(examples.offsets, lengths, strict=False):
+        between = examples.tokens[start : start + length][1::2]
+        assert ((between >= FIRST_PAIR) & (between < FIRST_FILLER)).sum() == 5
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
         ("num_train", 0, "num_train must be an integer >= 1"),
         ("num_pairs", 17, r"num_pairs must be an integer in 1\.\.16"),
         ("length", 9, "length must be an integer >= 10"),
+        ("min_length", 22, r"min_length must be an integer in 10\.\.21 or None"),
         ("seed", -1, "seed must be an integer >= 0"),
     ],
 )

@@ -5,6 +5,10 @@ The task of Ba et al., Using Fast Weights to Attend to the Recent Past, NeurIPS 
 first on, is the key asked for; of those between, a few are pairs, one token each, and the rest
 fillers. The label is the value of the pair with that key. So each token that asks has to find one
 among n, and its difficulty grows with n alone.
+
+With `min_length` the examples to train on are of all lengths from that to n, as many of 64 to 128
+tokens as of 128 to 256: what is to be found is found in short ones first. Those to validate and
+test with all have n.
 """
 
 import dataclasses
@@ -19,7 +23,7 @@ from yoso_jax.data.splits import Examples, TaskData
 from yoso_jax.validation import Validated
 
 # Bump when the same configuration would give other examples: it is part of the cache's name.
-_VERSION = 1
+_VERSION = 2
 
 NUM_KEYS = 16
 NUM_VALUES = 8
@@ -39,6 +43,8 @@ class RecallConfig(Validated):
     Attributes:
       num_train, num_valid, num_test: examples per split, each >= 1.
       length: tokens of each, >= 2 * num_pairs.
+      min_length: the fewest tokens of one to train on, from 2 * num_pairs to `length`; None for
+        `length`.
       num_pairs: pairs in each, of different keys, in 1..16.
       seed: >= 0. The same configuration always gives the same examples.
 
@@ -52,6 +58,7 @@ class RecallConfig(Validated):
     num_valid: int = 1_000
     num_test: int = 2_000
     length: int = 256
+    min_length: int | None = None
     num_pairs: int = 8
     seed: int = 0
 
@@ -60,6 +67,7 @@ class RecallConfig(Validated):
             self._check_integer(name)
         self._check_integer("num_pairs", 1, NUM_KEYS)
         self._check_integer("length", 2 * self.num_pairs)
+        self._check_integer("min_length", 2 * self.num_pairs, self.length, optional=True)
         self._check_integer("seed", 0)
 
 
@@ -82,7 +90,9 @@ def generate(config: RecallConfig, progress: Callable[[int], None] = lambda done
       progress: called now and then with the number of examples made so far.
     """
     total = config.num_train + config.num_valid + config.num_test
-    tokens = np.empty((total, config.length), np.uint8)
+    shortest = config.min_length or config.length
+    half = config.length // 2
+    tokens, lengths = [], np.full(total, config.length)
     labels = np.empty(total, np.uint8)
     for number, first in enumerate(range(0, total, _CHUNK)):
         rng = np.random.default_rng([4, number, config.seed])
@@ -93,10 +103,16 @@ def generate(config: RecallConfig, progress: Callable[[int], None] = lambda done
         # Of random numbers the order of a few is a draw without replacement.
         keys = rng.random((count, NUM_KEYS)).argsort(axis=1)[:, : config.num_pairs]
         values = rng.integers(NUM_VALUES, size=keys.shape)
-        half = config.length // 2
-        places = 1 + 2 * rng.random((count, half)).argsort(axis=1)[:, : config.num_pairs]
+        drawn = np.exp(rng.uniform(np.log(shortest), np.log(config.length), count)).round()
+        is_train = np.arange(rows.start, rows.stop) < config.num_train
+        lengths[rows] = np.where(is_train, drawn, config.length)
+        order = rng.random((count, half))
+        order[np.arange(half) >= lengths[rows, None] // 2] = np.inf
+        places = 1 + 2 * order.argsort(axis=1)[:, : config.num_pairs]
         np.put_along_axis(chunk, places, (FIRST_PAIR + keys * NUM_VALUES + values), axis=1)
         chunk[:, ::2] = FIRST_QUERY + keys[:, :1]
-        tokens[rows], labels[rows] = chunk, values[:, 0]
+        tokens.append(chunk[np.arange(config.length) < lengths[rows, None]])
+        labels[rows] = values[:, 0]
         progress(rows.stop)
-    return Examples(tokens.ravel(), np.arange(total + 1) * config.length, labels)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return Examples(np.concatenate(tokens), offsets, labels)
