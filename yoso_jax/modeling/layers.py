@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, PRNGKeyArray
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from yoso_jax.activations import ACTIVATIONS
 from yoso_jax.attention import yoso_attention
 from yoso_jax.config import EncoderConfig
 from yoso_jax.modeling.inputs import draw_key
+from yoso_jax.modeling.lookup import look_up
 from yoso_jax.modeling.outputs import BaseModelOutput
 
 NormPosition = Literal["pre", "post"]
@@ -65,6 +66,10 @@ class Embed(nnx.Embed):
             param_dtype=policy.param_dtype,
             rngs=rngs,
         )
+
+    def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:
+        """Rows of the table, see `look_up`."""
+        return look_up(self.dtype, self.embedding[...], ids)
 
 
 class LayerNorm(nnx.LayerNorm):
