@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_helpers import rows_with_slope
 from safetensors.numpy import load_file
 
 from yoso_jax import attention, yoso_attention
@@ -49,15 +50,13 @@ def dense(
         codes = [hash_codes(x, projection, hash_code_len=hash_code_len) for x in (q, k)]
         weights = reference.collision_weights(*codes)
     slope = weights if backward == "sampled" else expectation
-    weights, slope = jax.lax.stop_gradient((weights, slope))
     cosine = jnp.einsum("bnth,bnsh->bnts", unit_q, unit_k, precision="highest")
-    weights = weights + hash_code_len / 2 * slope * (cosine - jax.lax.stop_gradient(cosine))
     if mask is not None:
-        weights = jnp.where(mask[:, None, None, :], weights, 0)
+        weights, slope = (jnp.where(mask[:, None, None, :], x, 0) for x in (weights, slope))
     if query_mask is not None:
-        weights = jnp.where(query_mask[:, None, :, None], weights, 0)
-    out = l2_normalize(jnp.einsum("bnts,bnsd->bntd", weights, v, precision="highest"))
-    return jnp.swapaxes(out, 1, 2)
+        weights, slope = (jnp.where(query_mask[:, None, :, None], x, 0) for x in (weights, slope))
+    rows = rows_with_slope(weights, slope, cosine, v, hash_code_len=hash_code_len)
+    return jnp.swapaxes(l2_normalize(rows), 1, 2)
 
 
 MODES = [

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_helpers import rows_with_slope
 from jax import export
 from run_helpers import fast_compilations
 
@@ -248,11 +249,11 @@ def test_gradients_are_those_of_the_definition():
             *(x[..., :3] for x in codes), query, key, hash_code_len=4, bucket_bits=2
         )
         cosine = jnp.einsum("bnth,bnsh->bnts", query, key)
-        change = cosine - jax.lax.stop_gradient(cosine)
-        weights = reference.collision_weights(*codes) + 2 * jax.lax.stop_gradient(slope) * change
-        weights = jnp.where(mask[:, None, None] & query_mask[:, None, :, None], weights, 0)
-        out = l2_normalize(jnp.swapaxes(jnp.einsum("bnts,bnsd->bntd", weights, value), 1, 2))
-        return jnp.sum(out * jnp.arange(3.0))
+        is_pair = mask[:, None, None] & query_mask[:, None, :, None]
+        weights = jnp.where(is_pair, reference.collision_weights(*codes), 0)
+        slope = jnp.where(is_pair, slope, 0)
+        rows = rows_with_slope(weights, slope, cosine, value, hash_code_len=4)
+        return jnp.sum(l2_normalize(rows) * jnp.arange(3.0))
 
     expected = jax.jit(jax.value_and_grad(definition, argnums=(0, 1, 2)))(*args)
     f = functools.partial(loss, mask=mask, query_mask=query_mask)

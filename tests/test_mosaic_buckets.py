@@ -105,20 +105,22 @@ def draw(num_queries, num_keys, head_dim, value_dim, bits, num_hashes, dtype, ba
 
 
 @pytest.mark.parametrize(("t", "s", "h", "d", "bits", "bucket_bits", "hashes"), SHAPES)
-def test_kernels_lower_for_cuda(t, s, h, d, bits, bucket_bits, hashes):
+@pytest.mark.parametrize("normalize", [False, True])
+def test_kernels_lower_for_cuda(t, s, h, d, bits, bucket_bits, hashes, normalize):
     make = functools.partial(draw, t, s, h, d, bits, hashes, jnp.bfloat16)
     *args, grad_out = jax.eval_shape(make)
     masks = [jax.ShapeDtypeStruct((2, n), bool) for n in (t, s)]
 
     def run(*args):
         assert buckets.is_supported(args[2], args[4], bucket_bits)
-        return buckets.bucketed_gradients(*args, hash_code_len=bits, bucket_bits=bucket_bits)
+        options = dict(hash_code_len=bits, bucket_bits=bucket_bits, normalize=normalize)
+        return buckets.bucketed_gradients(*args, **options)
 
     traced = jax.jit(run).trace(*args, *masks, grad_out)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     # Sorting each side by each digit; ranges, sums and the last step of each side.
     sorts = 2 if bucket_bits > 6 else 1
-    assert text.count("@mosaic_gpu") == 2 * sorts + 6
+    assert text.count("@mosaic_gpu") == 2 * sorts + 6 + normalize
 
 
 def test_what_is_not_supported():
@@ -136,9 +138,10 @@ def test_what_is_not_supported():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("t", "s", "h", "d", "bits", "bucket_bits", "hashes"), SHAPES)
-def test_kernels_agree_with_xla(t, s, h, d, bits, bucket_bits, hashes, masked, dtype):
+def test_kernels_agree_with_xla(t, s, h, d, bits, bucket_bits, hashes, masked, normalize, dtype):
     *args, grad_out = draw(t, s, h, d, bits, hashes, dtype)
     masks = [None, None]
     if masked:
@@ -149,7 +152,7 @@ def test_kernels_agree_with_xla(t, s, h, d, bits, bucket_bits, hashes, masked, d
         # What is in the rows of masked tokens is not used.
         args[2] = jnp.where(masks[0][..., None, None], args[2], jnp.nan)
         args[3] = jnp.where(masks[1][..., None, None], args[3], jnp.nan)
-    options = dict(hash_code_len=bits, bucket_bits=bucket_bits)
+    options = dict(hash_code_len=bits, bucket_bits=bucket_bits, normalize=normalize)
     run = jax.jit(functools.partial(buckets.bucketed_gradients, **options))
     found = run(*args, *masks, grad_out)
     again = run(*args, *masks, grad_out)

@@ -300,6 +300,7 @@ def _sampled_bwd(options: _Options, residuals: tuple, grad_out: Array) -> tuple:
         backward=options.backward.kind,
         num_backward_hashes=options.backward.num_hashes,
         bucket_bits=options.backward.bucket_bits,
+        normalize=options.normalize,
     )
     return *grads, None, None, None
 

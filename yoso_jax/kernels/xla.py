@@ -70,6 +70,26 @@ def l2_normalize_gradient(
     return jnp.where(small, 0, grad / jnp.where(small, 1, norm)).astype(unit.dtype)
 
 
+def orthogonal(
+    grad: Float[Array, "*rows D"], rows: Float[Array, "*rows D"]
+) -> Float[Array, "*rows D"]:
+    """The gradient of rows that are normalised without its part along what they are on average.
+
+    A gradient at sampled rows is orthogonal to those. Estimates over other pairs than the sampled
+    ones need one orthogonal to what those pairs sum up to, or they take larger weights, all of a
+    query's by one factor, for a gain (docs/gradients.md).
+
+    Args:
+      grad: gradient of the rows before they are normalised.
+      rows: what they are in expectation, up to a factor. Rows of zeros change nothing.
+
+    Returns:
+      In the dtype of `grad`.
+    """
+    unit, wide = l2_normalize(widen(rows)), widen(grad)
+    return (wide - jnp.sum(unit * wide, axis=-1, keepdims=True) * unit).astype(grad.dtype)
+
+
 def lsh_cumulation(
     query_codes: Int[Array, "*batch T m"],
     key_codes: Int[Array, "*batch S m"],
@@ -157,11 +177,13 @@ def sampled_backward(
     backward: str,
     num_backward_hashes: int,
     bucket_bits: int,
+    normalize: bool,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N D"]]:
     """Gradients of `sampled`; those of query and key are the ones that `backward` names.
 
     `grad_out` is the gradient of `B v` before it is normalised. "bucketed" uses the first
-    `num_backward_hashes` hashes and the lowest `bucket_bits` bits of each.
+    `num_backward_hashes` hashes and the lowest `bucket_bits` bits of each. `normalize` says that
+    the rows were normalised, see `orthogonal`.
     """
     if not isinstance(codes, Codes):
         raise NotImplementedError(f"xla made no codes of type {type(codes).__name__}.")
@@ -175,13 +197,36 @@ def sampled_backward(
             *args,
             hash_code_len=hash_code_len,
             bucket_bits=bucket_bits,
+            normalize=normalize,
         )
     else:
-        grads = surrogate_gradients(None, *args, hash_code_len=hash_code_len, with_value=False)[:2]
+        grads = expected_gradients(*args, hash_code_len=hash_code_len, normalize=normalize)
     grad_value = collisions.lsh_cumulation(
         codes.key, codes.query, heads_first(grad_out, query_mask), hash_code_len=hash_code_len
     )
     return *grads, tokens_first(grad_value, key_mask).astype(value.dtype)
+
+
+def expected_gradients(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N D"],
+    query_mask: Bool[Array, "B T"] | None,
+    key_mask: Bool[Array, "B S"] | None,
+    grad_out: Float[Array, "B T N D"],
+    *,
+    hash_code_len: int,
+    normalize: bool,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"]]:
+    """Gradients of query and key over all pairs, of what may have been sampled.
+
+    With `normalize` the rows were normalised, see `orthogonal`.
+    """
+    args, options = (query, key, value, query_mask, key_mask), dict(hash_code_len=hash_code_len)
+    if normalize:
+        grad_out = orthogonal(grad_out, expectation(*args, **options, normalize=False)[0])
+    grads = surrogate_gradients(None, *args, grad_out, **options, with_value=False)
+    return grads[0], grads[1]
 
 
 def expectation(
@@ -265,8 +310,12 @@ def bucketed_gradients(
     *,
     hash_code_len: int,
     bucket_bits: int,
+    normalize: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"]]:
-    """Gradients of query and key over the pairs whose codes agree in the lowest `bucket_bits`."""
+    """Gradients of query and key over the pairs whose codes agree in the lowest `bucket_bits`.
+
+    With `normalize` the rows were normalised, see `orthogonal`.
+    """
     units, unit_vjp = _units(query, key, query_mask, key_mask)
     batch, _, heads, _ = query.shape
 
@@ -275,18 +324,13 @@ def bucketed_gradients(
             return None
         return jnp.broadcast_to(mask[:, None], (batch, heads, mask.shape[1]))
 
-    grad_units = buckets.bucketed_gradients(
-        query_codes,
-        key_codes,
-        *units,
-        heads_first(value, key_mask),
-        heads_first(grad_out, query_mask),
-        by_head(query_mask),
-        by_head(key_mask),
-        hash_code_len=hash_code_len,
-        bucket_bits=bucket_bits,
-    )
-    return unit_vjp(grad_units)
+    value, grad = heads_first(value, key_mask), heads_first(grad_out, query_mask)
+    codes, masks = (query_codes, key_codes), (by_head(query_mask), by_head(key_mask))
+    options = dict(hash_code_len=hash_code_len, bucket_bits=bucket_bits)
+    if normalize:
+        rows = buckets.bucketed_values(*codes, *units, value, *masks, **options)
+        grad = orthogonal(grad, rows)
+    return unit_vjp(buckets.bucketed_gradients(*codes, *units, value, grad, *masks, **options))
 
 
 def _units(

@@ -5,7 +5,8 @@ queries and goes through the keys of the buckets that they are in, in tiles of 6
 gather from where they are. Of a tile it evaluates the weights (`docs/gradients.md`), sets those of
 pairs in different buckets to zero, and sums up the keys times weights. The rows of a hash go to the
 places of their queries, and another kernel sums up the hashes. For the gradient of the keys the
-roles are exchanged, so that every sum has one owner and its bits are the same in every run.
+roles are exchanged, so that every sum has one owner and its bits are the same in every run. With
+weights that are probabilities alone it sums up values, see `xla.orthogonal`.
 
 What is needed next is copied while the tensor cores and the arithmetic units are busy: first words,
 which say where tokens are, then the tokens.
@@ -22,6 +23,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from yoso_jax.kernels import xla
 from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
 from yoso_jax.kernels.mosaic_gpu import sorting
 from yoso_jax.kernels.mosaic_gpu.collision_polynomial import Polynomial, collision_polynomial
@@ -79,6 +81,8 @@ class Plan:
       head_dim: H, a multiple of 16.
       value_dim: D, a multiple of 16.
       exponent: of the collision probability in the weights.
+      sums_rows: whether rows of the other side are summed up, by probabilities; otherwise tokens
+        are, by probabilities times products of rows.
       layout: of the words of the tokens whose gradients are wanted.
       other_layout: of the words of the other side.
     """
@@ -89,8 +93,14 @@ class Plan:
     head_dim: int
     value_dim: int
     exponent: int
+    sums_rows: bool
     layout: Words
     other_layout: Words
+
+    @property
+    def columns(self) -> int:
+        """Columns of the sums."""
+        return self.value_dim if self.sums_rows else self.head_dim
 
     @property
     def warpgroups(self) -> int:
@@ -114,7 +124,7 @@ class Plan:
     @property
     def out(self) -> tuple[int, ...]:
         """Shape of the sums."""
-        return (self.num_hashes, self.batch, self.layout.num_tokens, self.heads, self.head_dim)
+        return (self.num_hashes, self.batch, self.layout.num_tokens, self.heads, self.columns)
 
 
 def copy_words(
@@ -209,7 +219,7 @@ def _places(thread: I32, columns: int) -> list[tuple[I32, I32]]:
 def weights(
     lane: Lane,
     scores: list[F32],
-    products: list[F32],
+    products: list[F32] | None,
     rows: list[list[F32]],
     row_buckets: list[F32],
     scales: SharedPointer,
@@ -221,7 +231,7 @@ def weights(
     Args:
       lane: a thread of a warpgroup.
       scores: products of tokens, as in `tiles.probabilities`.
-      products: products of their rows.
+      products: products of their rows; None for ones.
       rows: of the two rows, what `tiles.row_values` gives.
       row_buckets: the buckets of the two rows.
       scales: to -1 / length of the columns.
@@ -239,8 +249,10 @@ def weights(
     own = [lane.bitcast_i32(each) for each in row_buckets]
     mine = buckets.at(lane.thread_id() & 3, 8)
     others = [mine.load(2, 32 * i) for i in range(len(scores) // 4)]
+    if products is not None:
+        factors = [factor * product for factor, product in zip(factors, products, strict=True)]
     return [
-        lane.select(own[i // 2 % 2] == others[i // 4][i % 2], factor * products[i], lane.f32(0))
+        lane.select(own[i // 2 % 2] == others[i // 4][i % 2], factor, lane.f32(0))
         for i, factor in enumerate(factors)
     ]
 
@@ -320,11 +332,11 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
         lane.commit_copies()
         lane.wait_for_copies(0)
 
-    @plgpu.inline_mgpu(arg_types=(plain, tile_type(plan.head_dim), plain, *[scalar] * 5))
+    @plgpu.inline_mgpu(arg_types=(plain, tile_type(plan.columns), plain, *[scalar] * 5))
     def store_rows(_: Any, words: Any, tile: Any, out: Any, *scalars: Any) -> None:
         lane = MosaicLane(warpgroups * WARPGROUP)
         number, batch, n, words_slot, slot = (I32(lane, x.registers.item()) for x in scalars)
-        row_bytes = 2 * plan.head_dim
+        row_bytes = 2 * plan.columns
         batch_bytes = plan.layout.num_tokens * plan.heads * row_bytes
         target = lane.global_pointer(out, writable=True).at(number, plan.batch * batch_bytes)
         scatter(
@@ -332,22 +344,26 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
             lane.shared_pointer(words).at(words_slot, 4 * TILE),
             lane.shared_pointer(tile).at(slot, TILE * row_bytes),
             target.at(batch, batch_bytes).at(n, row_bytes),
-            columns=plan.head_dim,
+            columns=plan.columns,
             stride=plan.heads,
             layout=plan.layout,
         )
 
+    num_products = 1 if plan.sums_rows else 2
+
     @plgpu.inline_mgpu(
-        arg_types=(layout, layout, plain, plain, *[row_layout] * (num_row_values + 1)),
+        arg_types=(*[layout] * num_products, plain, plain, *[row_layout] * (num_row_values + 1)),
         return_type=plgpu.ShapeDtypeStruct((TILE, TILE), dtype, layout=layout),
     )
-    def weigh(_: Any, scores: Any, products: Any, scales: Any, buckets: Any, *rows: Any) -> Any:
+    def weigh(_: Any, *args: Any) -> Any:
         lane = MosaicLane(warpgroups * WARPGROUP)
+        (scores, *products), rest = args[:num_products], args[num_products:]
+        scales, buckets, *rows = rest
         row_buckets, *row_values = (read_registers(lane, each) for each in rows)
         values = weights(
             lane,
             read_registers(lane, scores),
-            read_registers(lane, products),
+            read_registers(lane, *products) if products else None,
             row_values,
             row_buckets,
             lane.shared_pointer(scales),
@@ -377,6 +393,8 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
         other_bucket_tiles: Any,
         word_tiles: Any,
     ) -> None:
+        own_tiles = row_tiles if plan.sums_rows else token_tiles
+        summed_tiles = other_row_tiles if plan.sums_rows else other_token_tiles
         warpgroup = lax.axis_index("warpgroup")
         first_item = lax.axis_index("block") * warpgroups + warpgroup
         all_warpgroups = plan.blocks * warpgroups
@@ -483,9 +501,10 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
                     def _(step: Any) -> None:
                         other = two(slot + step)
 
-                        def multiply(scores: Any, products: Any) -> Any:
+                        def multiply(scores: Any, *products: Any) -> Any:
                             plgpu.wgmma(scores, token_tiles.at[mine], other_token_tiles.at[other].T)
-                            plgpu.wgmma(products, row_tiles.at[mine], other_row_tiles.at[other].T)
+                            for each in products:
+                                plgpu.wgmma(each, row_tiles.at[mine], other_row_tiles.at[other].T)
 
                             @pl.when(step + 1 < steps)
                             def _() -> None:
@@ -493,27 +512,26 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
                                 words_slot = step_words(following)
                                 load_step(number, first, end, step + 1, following, words_slot)
 
-                            return scores[...], products[...]
+                            return scores[...], *(each[...] for each in products)
 
                         accumulator = plgpu.ACC((TILE, TILE), jnp.float32)
-                        scores, products = pl.run_scoped(multiply, accumulator, accumulator)
+                        products = pl.run_scoped(multiply, *[accumulator] * num_products)
                         taken = weigh(
-                            scores,
-                            products,
+                            *products,
                             scale_tiles.at[other],
                             other_bucket_tiles.at[other],
                             buckets,
                             *row_values,
                         )
-                        plgpu.wgmma(sums, taken, other_token_tiles.at[other])
+                        plgpu.wgmma(sums, taken, summed_tiles.at[other])
                         plgpu.wgmma_wait(0)
                         wait()
 
                     return sums[...]
 
-                sums = pl.run_scoped(add_up, plgpu.ACC((TILE, plan.head_dim), jnp.float32))
+                sums = pl.run_scoped(add_up, plgpu.ACC((TILE, plan.columns), jnp.float32))
                 sums = sums * lax.broadcast_in_dim(1 / length, sums.shape, [0])
-                token_tiles[mine] = sums.astype(dtype)
+                own_tiles[mine] = sums.astype(dtype)
 
             pl.when(steps == 0)(wait)
             load_item(number + 1, next_first, next_end, slot + steps)
@@ -524,7 +542,7 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
                 plgpu.commit_smem()
                 hash_number = lax.rem(row, plan.num_hashes)
                 mine = item_words(number), two(number)
-                store_rows(word_tiles, token_tiles, out, hash_number, batch, n, *mine)
+                store_rows(word_tiles, own_tiles, out, hash_number, batch, n, *mine)
 
             wait()
             return next_first, next_end, *later, slot + steps
@@ -565,7 +583,7 @@ def is_supported(
     layouts = [Words(x.shape[1], bucket_bits) for x in (query, value)]
     if value.dtype not in (jnp.bfloat16, jnp.float16):
         return False
-    plan = _plan(query, value.shape[-1], *layouts, num_hashes=1, exponent=0)
+    plan = _plan(query, value.shape[-1], *layouts, num_hashes=1, exponent=0, sums_rows=False)
     return plan.warpgroups > 0 and all(layout.is_supported for layout in layouts)
 
 
@@ -581,6 +599,7 @@ def bucketed_gradients(
     *,
     hash_code_len: int,
     bucket_bits: int,
+    normalize: bool = False,
     dense: Callable[[], tuple[Array, Array]] | None = None,
     call: Call | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"]]:
@@ -597,6 +616,7 @@ def bucketed_gradients(
       grad_out: gradient of the result, same dtype.
       hash_code_len: bits of a hash, 1 to 16.
       bucket_bits: 0 to `hash_code_len`.
+      normalize: whether the rows of the result were normalised, see `xla.orthogonal`.
       dense: computes the gradients of the expectation, which are taken where buckets are so uneven
         that they have as much work. Without it they are always those of the buckets.
       call: what runs the programs; the GPU by default.
@@ -608,36 +628,46 @@ def bucketed_gradients(
     keys = make_side(key_codes, key, value, key_mask)
     num_hashes = query_codes.shape[-1]
     arrays = query_codes, key_codes, query, key, value, query_mask, key_mask, grad_out
-    sides = (queries, keys, query, query_mask), (keys, queries, key, key_mask)
     ranges = [
         sorting.find_ranges(side.words, other.words, side.layout, other.layout, call=call)
-        for side, other, _, _ in sides
+        for side, other in ((queries, keys), (keys, queries))
     ]
 
+    def sum_up(side: Side, other: Side, mine: Array, sums_rows: bool) -> Array:
+        plan = _plan(
+            side.tokens,
+            side.rows.shape[-1],
+            side.layout,
+            other.layout,
+            num_hashes=num_hashes,
+            exponent=hash_code_len - bucket_bits,
+            sums_rows=sums_rows,
+        )
+        return _kernel(plan, np.dtype(query.dtype))(
+            side.tokens,
+            side.rows,
+            side.words,
+            side.lengths,
+            other.tokens,
+            other.rows,
+            other.words,
+            -1 / other.lengths,
+            mine,
+        )
+
     def of_buckets() -> tuple[Array, Array]:
+        mine = queries
+        if normalize:
+            # Their sign does not matter, nor the lengths of queries that they are divided by.
+            rows = jnp.sum(sum_up(queries, keys, ranges[0], True).astype(jnp.float32), axis=0)
+            if query_mask is not None:
+                rows = jnp.where(query_mask[..., None, None], rows, 0)
+            mine = dataclasses.replace(queries, rows=xla.orthogonal(queries.rows, rows))
+        sides = (mine, keys, query, query_mask), (keys, mine, key, key_mask)
         grads = []
-        for (side, other, x, mask), mine in zip(sides, ranges, strict=True):
-            layouts = side.layout, other.layout
-            plan = _plan(
-                side.tokens,
-                side.rows.shape[-1],
-                *layouts,
-                num_hashes=num_hashes,
-                exponent=hash_code_len - bucket_bits,
-            )
-            sums = _kernel(plan, np.dtype(x.dtype))(
-                side.tokens,
-                side.rows,
-                side.words,
-                side.lengths,
-                other.tokens,
-                other.rows,
-                other.words,
-                -1 / other.lengths,
-                mine,
-            )
+        for (side, other, x, mask), found in zip(sides, ranges, strict=True):
             grad = add_tangents(
-                sums,
+                sum_up(side, other, found, False),
                 side.tokens,
                 side.lengths,
                 mask,
@@ -668,6 +698,7 @@ def _plan(
     *,
     num_hashes: int,
     exponent: int,
+    sums_rows: bool,
 ) -> Plan:
     batch, _, heads, head_dim = tokens.shape
     return Plan(
@@ -677,6 +708,7 @@ def _plan(
         head_dim=-(-head_dim // 16) * 16,
         value_dim=-(-value_dim // 16) * 16,
         exponent=exponent,
+        sums_rows=sums_rows,
         layout=layout,
         other_layout=other_layout,
     )

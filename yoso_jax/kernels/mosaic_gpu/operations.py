@@ -85,6 +85,7 @@ def sampled_backward(
     backward: str,
     num_backward_hashes: int,
     bucket_bits: int,
+    normalize: bool,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N D"]]:
     """As `xla.sampled_backward`, with a kernel for the gradient of value.
 
@@ -111,7 +112,7 @@ def sampled_backward(
         options = dict(num_hashes=num_hashes, hash_code_len=hash_code_len)
         return plain_codes(arranged, **options).reshape(batch, heads, -1, num_hashes)
 
-    options = dict(hash_code_len=hash_code_len, with_value=False)
+    options = dict(hash_code_len=hash_code_len)
     if backward == "bucketed":
         grads = _bucketed_gradients(
             plain(codes.query, num_backward_hashes),
@@ -120,15 +121,18 @@ def sampled_backward(
             grad_out,
             hash_code_len=hash_code_len,
             bucket_bits=bucket_bits,
+            normalize=normalize,
         )
         return *grads, grad_value
-    if backward == "expectation" and value.dtype != jnp.float32:
-        return *_gradients(*args, grad_out.astype(value.dtype), **options)[:2], grad_value
-    collided = None
     if backward == "sampled":
         collided = xla.Codes(*(plain(x, codes.num_hashes) for x in (codes.query, codes.key)))
-    grads = xla.surrogate_gradients(collided, *args, grad_out, **options)
-    return *grads[:2], grad_value
+        grads = xla.surrogate_gradients(collided, *args, grad_out, **options)
+        return *grads[:2], grad_value
+    if value.dtype == jnp.float32:
+        grads = xla.expected_gradients(*args, grad_out, **options, normalize=normalize)
+    else:
+        grads = _expected_gradients(*args, grad_out, **options, normalize=normalize)
+    return *grads, grad_value
 
 
 def expectation(
@@ -177,20 +181,30 @@ def _gradients(*args: Any, **options: Any) -> Any:
     return jax.tree.map(lambda x: vary_like(x, *args), out)
 
 
+def _expected_gradients(*args: Any, hash_code_len: int, normalize: bool) -> tuple[Array, Array]:
+    """As `xla.expected_gradients`, for what there are kernels for."""
+    *inputs, grad_out = args
+    if normalize:
+        rows, _ = attend(*inputs, hash_code_len=hash_code_len, normalize=True)
+        grad_out = xla.orthogonal(grad_out, rows)
+    grad_out = grad_out.astype(inputs[2].dtype)
+    return _gradients(*inputs, grad_out, hash_code_len=hash_code_len, with_value=False)[:2]
+
+
 def _bucketed_gradients(
-    query_codes: Array, key_codes: Array, *args: Any, hash_code_len: int, bucket_bits: int
+    query_codes: Array, key_codes: Array, *args: Any, bucket_bits: int, **options: Any
 ) -> tuple[Array, Array]:
     """As `xla.bucketed_gradients`, which also takes what the kernels do not."""
-    codes, options = (query_codes, key_codes), dict(hash_code_len=hash_code_len)
+    codes = query_codes, key_codes
     query, _, value, *_, grad_out = args
     if not buckets.is_supported(query, value, bucket_bits):
         return xla.bucketed_gradients(*codes, *args, **options, bucket_bits=bucket_bits)
-    args = *args[:-1], grad_out.astype(value.dtype)
 
     def dense() -> tuple[Array, Array]:
-        grads = _gradients(*args, **options, with_value=False)[:2]
+        grads = _expected_gradients(*args, **options)
         return jax.tree.map(lambda x: vary_like(x, *args, *codes), grads)
 
+    args = *args[:-1], grad_out.astype(value.dtype)
     return buckets.bucketed_gradients(
         *codes, *args, **options, bucket_bits=bucket_bits, dense=dense
     )
