@@ -7,7 +7,8 @@
   - `mosaic_gpu_op` and `xla_op`: `yoso_attention` as users call it, which also draws the projection
     and normalises the result;
   - `mosaic_gpu_mixed`, `mosaic_gpu_bucketed`, `xla_mixed` and `xla_bucketed`: as `mosaic_gpu` and
-    `xla`, but with `backward="expectation"` or `backward="bucketed"` for `--backward`;
+    `xla`, but with `backward="expectation"` or `backward="bucketed"` for `--backward`, and with
+    the result normalised, which these gradients depend on;
   - `mosaic_gpu_expectation` and `xla_expectation`: `yoso_attention(num_hashes=None)`.
 
   `speed_device` and `speed_wall` are the times of `cudnn` at the same n divided by the row's.

@@ -180,6 +180,8 @@ class Attention(HeadsBenchmark):
                     mask,
                     hash_code_len=self.hash_code_len,
                     backward=_backward(name),
+                    # As in training: what gradients take depends on it.
+                    normalize=name.endswith(("_mixed", "_bucketed")),
                     implementation=implementation,
                 )
 
