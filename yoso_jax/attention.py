@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from yoso_jax.batch_sharding import map_batch
 from yoso_jax.hashing import HashFn, sample_projection
 from yoso_jax.kernels import dispatch
 from yoso_jax.kernels.backward_choice import BACKWARDS, Backward, BackwardPlan, plan
@@ -38,6 +40,7 @@ def yoso_attention(
     bucket_bits: int | None = None,
     normalize: bool = True,
     implementation: Implementation = None,
+    batch_axes: Sequence[str] = (),
 ) -> Float[Array, "B T N D"]:
     """Attention by collisions of sign hashes (YOSO, arXiv 2111.09714).
 
@@ -83,6 +86,9 @@ def yoso_attention(
         and sequences, JAX's default device decides whether "mosaic_gpu" applies: name the
         implementation to compile for another one. float32 sums of "mosaic_gpu" have about six
         digits, and it rounds gradients of its sums to the dtype of `query`.
+      batch_axes: axes of type Auto of the ambient mesh (`jax.set_mesh`) that divide the batch: each
+        device computes the attention of its rows, under `jax.shard_map`. Without them XLA gathers
+        the batch on every device for the kernels of "mosaic_gpu". The result is the same.
 
     Returns:
       `[B, T, N, D]` in the dtype of `query`. Rows that attend to nothing are zero.
@@ -104,7 +110,7 @@ def yoso_attention(
     )
     if num_hashes is None:
         options = _Options(hash_code_len, None, normalize, names)
-        out = _expectation(options, query, key, value, query_mask, key_mask)
+        attend, operands = functools.partial(_expectation, options), (query, key, value)
     else:
         if rng is None:
             raise ValueError("rng is required unless num_hashes is None: pass a jax.random.key.")
@@ -128,7 +134,8 @@ def yoso_attention(
             platform=hopper.default_device().platform,
         )
         options = _Options(hash_code_len, chosen, normalize, names)
-        out = _sampled(options, query, key, value, projection, query_mask, key_mask)
+        attend, operands = functools.partial(_sampled, options), (query, key, value, projection)
+    out = map_batch(attend, batch_axes, *operands, query_mask, key_mask)
     return out.astype(query.dtype)
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from yoso_jax.activations import ACTIVATIONS
 from yoso_jax.attention import yoso_attention
+from yoso_jax.batch_sharding import ambient_batch_axes
 from yoso_jax.config import EncoderConfig
 from yoso_jax.modeling.inputs import draw_key
 from yoso_jax.modeling.lookup import look_up
@@ -168,6 +169,7 @@ class SelfAttention(nnx.Module):
                 num_backward_hashes=num_backward_hashes,
                 bucket_bits=config.bucket_bits,
                 implementation=config.attention_implementation,
+                batch_axes=ambient_batch_axes(x.shape[0]),
             )
         if self.conv is not None:
             if mask is not None:
