@@ -121,3 +121,86 @@ def test_checkpoints_move_between_layouts(
         config = dataclasses.replace(one_device, run_dir=name, steps=steps, fsdp=fsdp)
         train(config, devices, processes, resume=steps > 4)
         check_equal(config, one_device)
+
+
+ATTENTION_SCRIPT = """
+import dataclasses, functools, sys
+from pathlib import Path
+
+import jax, jax.extend, numpy as np, optax
+from jax.sharding import AxisType
+from run_helpers import tiny_config
+
+from yoso_jax.batch_sharding import BATCH_AXES
+from yoso_jax.kernels.mosaic_gpu import hopper
+from yoso_jax.lra_objective import LRAObjective
+from yoso_jax.sharding import Layout, make_layout
+from yoso_jax.training import (
+    abstract_state, init_state, make_keys, make_train_step, with_attention
+)
+
+config, tx = tiny_config(Path(sys.argv[1]), batch_size=8, accumulation_steps=2), optax.sgd(0.1)
+model = config.model.replace(scan_layers=True, remat=True)
+config = dataclasses.replace(config, model=model, dtype="bfloat16")
+layout, key = make_layout(), make_keys(0)[1]
+tokens = np.random.default_rng(0).integers(1, 16, (8, 16), np.int32)
+batch = {
+    "input_ids": tokens,
+    "attention_mask": np.arange(16) < np.arange(9, 17)[:, None],
+    "labels": tokens[:, 0] % 10,
+}
+
+
+def count(jaxpr, name, outside=None):
+    # How often a primitive occurs, perhaps outside of another one.
+    total = 0
+    for equation in jaxpr.eqns:
+        total += equation.primitive.name == name
+        if equation.primitive.name != outside:
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                total += count(inner, name, outside)
+    return total
+
+
+# Kernels run inside shard_map alone. XLA would gather the batch for others.
+hopper.check = lambda: None  # so that they are lowered where another GPU is the default, too
+model = config.model.replace(attention_implementation="mosaic_gpu")
+for mode in ("sampled", "expectation"):
+    objective = LRAObjective(with_attention(dataclasses.replace(config, model=model), mode))
+    state = layout.abstract(abstract_state(objective, tx))
+    traced = make_train_step(objective, tx, layout).trace(state, layout.put(batch), key)
+    assert count(traced.jaxpr.jaxpr, "mosaic_gpu_only")
+    assert not count(traced.jaxpr.jaxpr, "mosaic_gpu_only", outside="shard_map")
+    assert "@mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+# In expectation; the runs above are sampled. Divided over `data`, nothing needs to be gathered.
+config = with_attention(dataclasses.replace(config, dtype="float32"), "expectation")
+objective = LRAObjective(config)
+one = Layout(jax.make_mesh((1, 1), BATCH_AXES, (AxisType.Auto,) * 2, devices=jax.devices()[:1]))
+state, found = jax.device_get(init_state(objective, tx, one)), []
+for each in (one, layout):
+    args = jax.device_put(state, each.of(state)), each.put(batch), key
+    step = make_train_step(objective, tx, each).lower(*args).compile()
+    found.append(jax.device_get(step(*args)))
+assert "all-reduce" in step.as_text() and "all-gather" not in step.as_text()
+jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *found)
+print("divided")
+"""
+
+
+def test_devices_attend_to_their_own_rows(tmp_path: Path) -> None:
+    """Both modes, with accumulation, and layers scanned and computed again: nothing is gathered."""
+    result = subprocess.run(
+        [sys.executable, "-c", ATTENTION_SCRIPT, str(tmp_path)],
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout == "divided\n", result.stderr

@@ -18,6 +18,7 @@ from yoso_jax.data.tasks import load_task
 from yoso_jax.errors import ConfigError, DataError, is_disk_full
 from yoso_jax.lra import LRAClassifier
 from yoso_jax.objective import Batch, Evaluation, Objective, Put, sum_up
+from yoso_jax.sharding import with_ambient_mesh
 from yoso_jax.train_config import TrainConfig
 
 
@@ -91,6 +92,7 @@ class LRAObjective(Objective[TrainConfig]):
         graphdef, config = self.make_graphdef(), self.config
 
         @jax.jit
+        @with_ambient_mesh
         def step(params: PyTree, batch: Batch, key: Key[Array, ""]) -> dict[str, Array]:
             model = nnx.merge(graphdef, params)
             output = model(batch["input_ids"], batch["attention_mask"], rngs=nnx.Rngs(hash=key))

@@ -2,11 +2,13 @@
 
 Batches are divided over all devices. Parameters and what the optimiser keeps of them are divided
 over the axis `fsdp`, along the longest of their axes that it divides; XLA gathers them where they
-are used. With one device all of this comes to nothing.
+are used. Attention runs on the rows of each device apart, see `yoso_jax.batch_sharding`. With one
+device all of this comes to nothing.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -14,10 +16,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from yoso_jax.batch_sharding import BATCH_AXES
 from yoso_jax.errors import ConfigError
 from yoso_jax.run_config import RunConfig
-
-_AXES = ("data", "fsdp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Layout:
     @property
     def batch(self) -> NamedSharding:
         """Divided along the first axis."""
-        return NamedSharding(self.mesh, PartitionSpec(_AXES))
+        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
 
     def of(self, state: PyTree) -> PyTree:
         """The shardings of a state's leaves, arrays or shapes."""
@@ -70,6 +71,25 @@ class Layout:
         }
 
 
+def with_ambient_mesh[**Arguments, Result](
+    function: Callable[Arguments, Result],
+) -> Callable[Arguments, Result]:
+    """A function that finds the mesh of its arguments as the ambient one, to compile by `jax.jit`.
+
+    It is only set while the function is traced: what runs beside it, as the collectives of
+    `fetch`, may use other meshes.
+    """
+
+    @functools.wraps(function)
+    def traced(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves((args, kwargs))]
+        mesh = max(meshes, key=lambda mesh: mesh.size)  # arguments on no mesh have an empty one
+        with jax.sharding.use_abstract_mesh(mesh):
+            return function(*args, **kwargs)
+
+    return traced
+
+
 def fetch(tree: PyTree) -> PyTree:
     """Arrays as NumPy has them, whole on every process."""
     if jax.process_count() == 1:
@@ -90,7 +110,7 @@ def make_layout(fsdp: int = 1) -> Layout:
     if devices % fsdp:
         raise ConfigError(f"fsdp must divide the number of devices ({devices}), got {fsdp}")
     shape = (devices // fsdp, fsdp)
-    return Layout(jax.make_mesh(shape, _AXES, axis_types=(AxisType.Auto,) * 2))
+    return Layout(jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2))
 
 
 def make_train_layout(config: RunConfig) -> Layout:

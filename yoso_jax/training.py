@@ -12,7 +12,7 @@ from jaxtyping import Array, Key, PyTree
 
 from yoso_jax.checkpointing import Checkpoints
 from yoso_jax.objective import Batch, Objective
-from yoso_jax.sharding import Layout
+from yoso_jax.sharding import Layout, with_ambient_mesh
 
 State = dict[str, Any]
 """`step` (int32, updates made), `params`, `ema` (their moving average, or None), `opt_state`, and
@@ -123,6 +123,7 @@ def make_train_step(
         zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return jax.lax.scan(add, zero, (jnp.arange(parts), rows))[0]
 
+    @with_ambient_mesh
     def train_step(state: State, batch: Batch, key: Key[Array, ""]) -> State:
         key = jax.random.fold_in(key, state["step"])
         compute = gradient if config.accumulation_steps == 1 else accumulate

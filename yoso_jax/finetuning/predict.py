@@ -12,7 +12,7 @@ from yoso_jax.finetuning.batches import ordered_batches
 from yoso_jax.finetuning.features import Features
 from yoso_jax.finetuning.task import Outputs
 from yoso_jax.objective import Batch, Put
-from yoso_jax.sharding import fetch
+from yoso_jax.sharding import fetch, with_ambient_mesh
 
 PredictStep = Callable[[PyTree, Batch, Key[Array, ""]], Mapping[str, Array]]
 
@@ -24,6 +24,7 @@ def make_predict_step(graphdef: nnx.GraphDef) -> PredictStep:
     """Compiles `(params, batch, hash key) -> {name: logits}`, float32."""
 
     @jax.jit
+    @with_ambient_mesh
     def predict_step(params: PyTree, batch: Batch, key: Key[Array, ""]) -> dict[str, Array]:
         inputs = {name: batch[name] for name in _INPUTS if name in batch}
         output = nnx.merge(graphdef, params)(**inputs, rngs=nnx.Rngs(hash=key))

@@ -23,7 +23,7 @@ from yoso_jax.pretraining.config import PretrainConfig
 from yoso_jax.pretraining.losses import pretraining_loss, pretraining_metrics, pretraining_sums
 from yoso_jax.pretraining.prepare import Prepared, prepare
 from yoso_jax.saving import MODEL_FOLDER, save_model
-from yoso_jax.sharding import fetch
+from yoso_jax.sharding import fetch, with_ambient_mesh
 
 
 class PretrainObjective(Objective[PretrainConfig]):
@@ -98,6 +98,7 @@ class PretrainObjective(Objective[PretrainConfig]):
         graphdef = self.make_graphdef()
 
         @jax.jit
+        @with_ambient_mesh
         def step(params: PyTree, batch: Batch, key: Key[Array, ""]) -> Mapping[str, Array]:
             model = nnx.merge(graphdef, params)
             return _sums(model, batch, deterministic=True, rngs=nnx.Rngs(hash=key))
