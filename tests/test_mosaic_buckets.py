@@ -11,6 +11,8 @@ from yoso_jax.hashing import sample_projection
 from yoso_jax.kernels import xla
 from yoso_jax.kernels.codes import hash_codes
 from yoso_jax.kernels.mosaic_gpu import buckets, lane_numpy
+from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
+from yoso_jax.kernels.mosaic_gpu.collision_polynomial import collision_polynomial
 from yoso_jax.kernels.mosaic_gpu.lane import Program
 from yoso_jax.kernels.mosaic_gpu.sorting import TILE, Words
 
@@ -71,6 +73,71 @@ def test_tokens_are_gathered_and_scattered(columns, count):
     )
     others = np.setdiff1d(np.arange(num_tokens), order[takes_part])
     assert not np.isin(scattered[others, 1], tokens).all(axis=-1).any()
+
+
+@pytest.mark.parametrize("exponent", [0, 6])
+@pytest.mark.parametrize("has_products", [False, True])
+def test_weights_of_a_tile(exponent, has_products, unchecked_shapes):
+    """Probabilities of pairs in a bucket, or what unnormalised columns are weighed by."""
+    rng = np.random.default_rng(0)
+    lengths = np.exp(rng.uniform(-1, 1, 64)).astype(np.float32)
+    column_lengths = np.exp(rng.uniform(-1, 1, 32)).astype(np.float32)
+    cosine, products = rng.uniform(-0.7, 0.7, (64, 32)), rng.standard_normal((64, 32))
+    row_buckets, column_buckets = (rng.integers(3, size=n).astype(np.int32) for n in (64, 32))
+    polynomial = collision_polynomial(exponent)
+    rows = np.stack(
+        [row_buckets.view(np.float32), *tiles.row_values(jnp.asarray(lengths), polynomial)]
+    )
+    scores = cosine * lengths[:, None] * column_lengths
+
+    def body(lane, inputs, outputs, shared, _):
+        thread = lane.thread_id()
+        with lane.when(thread < 32):
+            for i in (2, 3):
+                shared.at(thread + 32 * (i - 2), 4).store(inputs[i].at(thread, 4).load())
+        lane.barrier()
+        first = (thread >> 5) * 16 + ((thread >> 2) & 7)
+        # In the order of a matrix product's registers.
+        place = [(j, r, c) for j in range(4) for r in range(2) for c in range(2)]
+        column = [lane.i32(8 * j + c) + (thread & 3) * 2 for j, _, c in place]
+
+        def load(pointer, column, row):
+            return lane.bitcast_f32(pointer.at(column * 64 + first, 4).load(1, 32 * row)[0])
+
+        def tile(pointer):
+            return [load(pointer, x, r) for x, (_, r, _) in zip(column, place, strict=True)]
+
+        own, *values = [
+            [load(inputs[4], lane.i32(i), r) for r in range(2)] for i in range(len(rows))
+        ]
+        out = buckets.weights(
+            lane,
+            tile(inputs[0]),
+            tile(inputs[1]) if has_products else None,
+            values,
+            own,
+            shared,
+            shared.at(128),
+            polynomial,
+        )
+        for each, (_, r, _), value in zip(column, place, out, strict=True):
+            outputs[0].at(each * 64 + first, 4).store([lane.bitcast_i32(value)], 32 * r)
+
+    out = jax.ShapeDtypeStruct((32, 64), jnp.float32)
+    program = Program("weights", body, (out,), num_blocks=1, num_warpgroups=1, shared_bytes=256)
+    args = scores.T, products.T
+    (out,) = lane_numpy.call(
+        program,
+        *(np.ascontiguousarray(x, np.float32) for x in args),
+        -1 / column_lengths,
+        column_buckets,
+        rows,
+    )
+    expected = (1 - np.arccos(cosine) / np.pi) ** exponent
+    if has_products:
+        expected = expected * products / -column_lengths
+    expected = np.where(row_buckets[:, None] == column_buckets, expected, 0)
+    np.testing.assert_allclose(out.T, expected, rtol=3e-3, atol=1e-5)
 
 
 SHAPES = [

@@ -303,6 +303,7 @@ def in_numpy(monkeypatch, on_any_machine):
         return xla.surrogate_gradients(None, *args, **options)
 
     monkeypatch.setattr(operations, "gradients", xla_gradients)
+    monkeypatch.setattr(operations, "attend", xla.expectation)
 
 
 def value_and_gradients(implementation, args, cotangent, masks=(None, None), **options):

@@ -226,7 +226,10 @@ def weights(
     buckets: SharedPointer,
     polynomial: Polynomial,
 ) -> list[F32]:
-    """What a thread has of the weights of a tile, with the sign of the scales.
+    """What a thread has of the weights of a tile.
+
+    They are zero for tokens in different buckets. With products they have the scales as factors,
+    also of the sign, since the tokens that they weigh are to be divided by their lengths.
 
     Args:
       lane: a thread of a warpgroup.
@@ -239,18 +242,23 @@ def weights(
       polynomial: of the power of the collision probability.
     """
     constant, *others = polynomial.coefficients
+    mine = scales.at(lane.thread_id() & 3, 8)
     if others:
-        pieces = tiles.probabilities(lane, scores, rows, scales, constant)
-        factors = [factor * scale for piece in pieces for factor, scale in zip(*piece, strict=True)]
+        pieces = list(tiles.probabilities(lane, scores, rows, scales, constant))
+        factors = [factor for piece, _ in pieces for factor in piece]
+        column_scales = [scale for _, piece in pieces for scale in piece]
     else:
-        mine = scales.at(lane.thread_id() & 3, 8)
+        factors = [lane.f32(1)] * len(scores)
         columns = [mine.load(2, 32 * i) for i in range(len(scores) // 4)]
-        factors = [lane.bitcast_f32(columns[i // 4][i % 2]) for i in range(len(scores))]
+        column_scales = [lane.bitcast_f32(columns[i // 4][i % 2]) for i in range(len(scores))]
+    if products is not None:
+        factors = [
+            factor * scale * product
+            for factor, scale, product in zip(factors, column_scales, products, strict=True)
+        ]
     own = [lane.bitcast_i32(each) for each in row_buckets]
     mine = buckets.at(lane.thread_id() & 3, 8)
     others = [mine.load(2, 32 * i) for i in range(len(scores) // 4)]
-    if products is not None:
-        factors = [factor * product for factor, product in zip(factors, products, strict=True)]
     return [
         lane.select(own[i // 2 % 2] == others[i // 4][i % 2], factor, lane.f32(0))
         for i, factor in enumerate(factors)
@@ -658,7 +666,7 @@ def bucketed_gradients(
     def of_buckets() -> tuple[Array, Array]:
         mine = queries
         if normalize:
-            # Their sign does not matter, nor the lengths of queries that they are divided by.
+            # Whatever the lengths of queries, that they are divided by: only directions matter.
             rows = jnp.sum(sum_up(queries, keys, ranges[0], True).astype(jnp.float32), axis=0)
             if query_mask is not None:
                 rows = jnp.where(query_mask[..., None, None], rows, 0)
