@@ -275,7 +275,7 @@ def test_all_bits_of_all_hashes_are_the_sampled_gradients():
         (
             8192,
             dict(backward=None, num_backward_hashes=None, bucket_bits=None),
-            dict(num_backward_hashes=4, bucket_bits=4),
+            dict(num_backward_hashes=2, bucket_bits=4),
         ),
     ],
 )
@@ -405,12 +405,12 @@ def plan(backward="bucketed", num_backward_hashes=None, bucket_bits=None, **opti
 
 
 def test_defaults():
-    assert plan() == backward_choice.BackwardPlan("bucketed", 4, 5)
-    assert plan(num_hashes=3, num_tokens=2**20).num_hashes == 3
-    bits = {n: plan(num_tokens=n).bucket_bits for n in (256, 511, 512, 16384, 2**16, 2**20)}
-    assert bits == {256: 1, 511: 1, 512: 2, 16384: 7, 2**16: 9, 2**20: 9}
+    assert plan() == backward_choice.BackwardPlan("bucketed", 2, 4)
+    assert plan(num_hashes=1, num_tokens=2**20).num_hashes == 1
+    bits = {n: plan(num_tokens=n).bucket_bits for n in (512, 1023, 1024, 16384, 2**17, 2**20)}
+    assert bits == {512: 1, 1023: 1, 1024: 2, 16384: 6, 2**17: 9, 2**20: 9}
     # One bucket holds all pairs, whatever the hash.
-    assert plan(num_tokens=255).kind == "expectation"
+    assert plan(num_tokens=511).kind == "expectation"
     assert plan(bucket_bits=0).kind == "expectation"
     assert plan(num_backward_hashes=3, bucket_bits=1) == backward_choice.BackwardPlan(
         "bucketed", 3, 1
@@ -425,7 +425,7 @@ def test_the_choice_left_open(platform):
     # Few hashes take less time.
     start = backward_choice.CROSSOVERS[platform].num_tokens
     assert plan(None, num_tokens=start - 1, platform=platform).kind == "expectation"
-    assert plan(None, num_tokens=start // 2, num_hashes=2, platform=platform).kind == "bucketed"
+    assert plan(None, num_tokens=start // 2, num_hashes=1, platform=platform).kind == "bucketed"
 
 
 @pytest.mark.parametrize(

@@ -105,3 +105,12 @@ def test_forbidden_imports(folder, forbidden):
     for path in (ROOT / folder).rglob("*.py"):
         for module in imported_modules(path):
             assert not forbidden.intersection(module.split(".")), f"{path} imports {module}"
+
+
+def test_compiler_options_are_known_to_this_xla():
+    import jax
+
+    from yoso_jax.compiling import compiler_options
+
+    assert compiler_options("cpu") == {}
+    assert jax.jit(lambda x: x + 1, compiler_options=compiler_options("gpu"))(1) == 2

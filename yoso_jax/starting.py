@@ -33,6 +33,7 @@ class ModelOptions:
     intermediate_size: int | None = None
     max_position_embeddings: int | None = None
     hidden_dropout_prob: float | None = None
+    initializer_range: float | None = None
     attention: Literal["yoso", "softmax"] | None = None
     use_expectation: bool | None = None
     hash_code_len: int | None = None

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Key, PyTree
 
 from yoso_jax.checkpointing import Checkpoints
+from yoso_jax.compiling import compiler_options
 from yoso_jax.objective import Batch, Objective
 from yoso_jax.sharding import Layout, with_ambient_mesh
 
@@ -152,7 +153,12 @@ def make_train_step(
         }
 
     shardings = layout.of(abstract_state(objective, tx))
-    return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=shardings,
+        compiler_options=compiler_options(layout.mesh.devices.flat[0].platform),
+    )
 
 
 def with_attention[Config: Any](config: Config, mode: Literal["expectation", "sampled"]) -> Config:

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from yoso_jax.compiling import compiler_options
+
 ROTATED_BYTES = 200_000_000
 """Inputs that take turns exceed this together, so that no call finds its own in the L2 cache."""
 
@@ -72,7 +74,8 @@ def measure(
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(sets[0]))
     wanted = math.ceil(ROTATED_BYTES / size) if on_gpu else 0
     sets += [make_inputs(i) for i in range(1, max(2, min(wanted, _MOST_SETS)))]
-    compiled = jax.jit(function).lower(*sets[0]).compile()
+    options = compiler_options(jax.default_backend())
+    compiled = jax.jit(function, compiler_options=options).lower(*sets[0]).compile()
     jax.block_until_ready(sets)
     turns = itertools.cycle(sets)
 

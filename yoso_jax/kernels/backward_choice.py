@@ -11,14 +11,14 @@ type Backward = Literal["sampled", "expectation", "bucketed"]
 BACKWARDS = ("sampled", "expectation", "bucketed")
 
 # Tokens a bucket should have at least, on average. Of the same number of pairs, fewer hashes of
-# larger buckets are less noisy and have less to sort.
-_BUCKET_TOKENS = 128
-_MOST_HASHES = 4
+# larger buckets are less noisy, have less to sort and to sum up, and their tiles are fuller.
+_BUCKET_TOKENS = 256
+_MOST_HASHES = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Crossover:
-    """Where the buckets of 4 hashes begin to take clearly less time than the expectation.
+    """Where the buckets of 2 hashes begin to take clearly less time than the expectation.
 
     Attributes:
       num_tokens: the larger of the numbers of queries and of keys from which on they do.
@@ -33,8 +33,8 @@ class Crossover:
 CROSSOVERS = {
     "cpu": Crossover(
         3072,
-        "2 cores of an AMD EPYC, jax 0.11.2, H = 64, forward and backward pass, 8 hashes of half "
-        "the tokens a bucket, which are as many pairs: the expectation's "
+        "2 cores of an AMD EPYC, jax 0.11.2, H = 64, forward and backward pass, 8 hashes of a "
+        "quarter of the tokens a bucket, which are as many pairs: the expectation's "
         "time is 1.1 times the buckets' at 2,048, 1.25 at 3,072, 1.8 at 4,096, 5 at 16,384 "
         "(benchmarks/results/backward_cpu.json); 'sampled' is never clearly the fastest",
     ),
@@ -78,8 +78,8 @@ def plan(
 
     Args:
       backward: the kind; None for the fastest.
-      num_backward_hashes: None for all hashes, or 4 of them.
-      bucket_bits: None for buckets of 128 to 255 tokens, where they are even.
+      num_backward_hashes: None for all hashes, or 2 of them.
+      bucket_bits: None for buckets of 256 to 511 tokens, where they are even.
       num_hashes: hashes of the forward pass.
       hash_code_len: bits of a hash.
       num_tokens: the number of queries or of keys, whichever is larger.
