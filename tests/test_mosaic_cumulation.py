@@ -237,6 +237,27 @@ def test_sums_that_may_not_fit_are_checked(one_kernel, mean):
         assert 1e-5 < error < 2.5e-3
 
 
+def test_values_with_a_mean_fit_into_packed_tables():
+    """Sums of 250 keys would not, at the scale of values that have nothing in common."""
+    arrays = random_case(1, 60, 4000, 32, 4, 8, jnp.bfloat16)
+    arrays = *arrays[:2], arrays[2] + jnp.bfloat16(1)
+    expected = reference(*arrays)
+    kwargs = (("out_dtype", jnp.float32), ("num_warpgroups", 4))
+    error = relative_error(run(*arrays, hash_code_len=9, kwargs=kwargs), expected)
+    assert 1e-5 < error < 5e-4  # wide tables: 1e-7
+    value = arrays[2] - jnp.mean(arrays[2], axis=1, keepdims=True)
+    bounds = jnp.ones((1, 1, 2))
+    buckets = fixed_point.Buckets(1, 4000, value.dtype, 32, 9)
+    (bound, typical), (_, more) = (
+        fixed_point.allow_for_mean(bounds, x[:, :, None], buckets)[0, 0].tolist()
+        for x in (value, arrays[2])
+    )
+    assert (bound, typical) == (1, pytest.approx(1, abs=0.1))
+    assert more == pytest.approx((1 + 15 / 2) ** 0.5, rel=0.05)  # half of the mean square
+    not_finite = fixed_point.allow_for_mean(bounds, value[:, :, None] * jnp.nan, buckets)
+    np.testing.assert_array_equal(not_finite, bounds)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(
     ("columns", "width", "dtype"),

@@ -417,6 +417,8 @@ def cumulate(
         (bounds,) = call(search, key_codes, sliced.weights, sliced.sums)
     else:
         bounds = fixed_point.bounds_of_all(sliced.sums)
+    if plan.may_pack:
+        bounds = fixed_point.allow_for_mean(bounds, value, plan.buckets)
     if plan.takes_one_kernel:
         program = cumulation_program(plan)
         out, *_ = call(program, query_codes, key_codes, sliced.slices, bounds)

@@ -11,8 +11,10 @@ takes its scales from that.
 Packed tables need a scale at which the rounding of values to integers is small beside a typical
 row: the mean of square roots, so that a few outliers do not hide what they do to the other rows.
 Where the bound allows less, sums will usually fit all the same, because values of both signs meet;
-the cumulation then checks that they do, and resorts to wide tables if not. Values in float32 get
-wide tables at once, which keep about six digits.
+the cumulation then checks that they do, and resorts to wide tables if not. Values that share a
+mean, as a model's do, add up to more than others do, and roundings, which share none, are smaller
+beside them: then a coarser scale is exact enough. Values in float32 get wide tables at once, which
+keep about six digits.
 """
 
 import dataclasses
@@ -50,6 +52,9 @@ _WIDE_RANGE = 2.0**30
 _NORMAL_RMS = math.sqrt(math.pi / 2)
 # Integers in which the weights of a head's tokens are counted: all of them fit into 32 bits.
 _UNITS = 2.0**30
+# Values of a head that are looked at to find what they have in common.
+_SAMPLED_VALUES = 256
+_LEAST_COMMON = 0.03
 # Bounds below this are as good as zero, and their inverse would overflow.
 _TINY = 1e-25
 # Bytes of a pair of floats.
@@ -220,6 +225,27 @@ def bounds_of_all(sums: Float[Array, "heads chunks 4"]) -> Float[Array, "heads 1
     total, roots, used = sums[:, 0], sums[:, 1], sums[:, 2]
     typical = (roots / jnp.maximum(used, 1)) ** 2 * _NORMAL_RMS
     return jnp.stack([total, typical + (total - total)], -1)[:, None]
+
+
+def allow_for_mean(
+    bounds: Float[Array, "heads bounds 2"], value: Float[Array, "B S N D"], buckets: Buckets
+) -> Float[Array, "heads bounds 2"]:
+    """Bounds with larger typical values, as far as values have a mean in common.
+
+    With a fraction c of the mean squared length in their mean, the sum of K values has a mean
+    square of `K (1 + (K - 1) c)` of theirs, and that of their roundings K of those. K is taken for
+    half the keys that a query finds in all hashes if buckets are even, but one key a hash at most.
+    """
+    some = value[:, :: max(1, value.shape[1] // _SAMPLED_VALUES)].astype(jnp.float32)
+    count = some.shape[1]
+    squares = jnp.sum(jnp.square(some), axis=(1, 3))
+    total = jnp.sum(jnp.square(jnp.sum(some, axis=1)), axis=-1)
+    common = (total - squares) / (jnp.maximum(squares, _TINY) * max(1, count - 1))
+    # Not by chance, nor NaN.
+    common = jnp.where(common > _LEAST_COMMON, jnp.minimum(common, 1), 0).reshape(-1)
+    filled = min(1.0, buckets.num_tokens / 2**buckets.hash_code_len)
+    added = max(0.0, buckets.num_hashes * filled / 2 - 1)
+    return bounds * jnp.stack([jnp.ones_like(common), jnp.sqrt(1 + added * common)], -1)[:, None]
 
 
 class Scale(NamedTuple):
