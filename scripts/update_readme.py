@@ -1,8 +1,8 @@
-"""Writes README.md's benchmark tables and plots: `python scripts/update_readme.py [--check]`.
+"""Writes tables and plots of README.md and docs/: `python scripts/update_readme.py [--check]`.
 
 Between `<!-- benchmark: NAME -->` and `<!-- end -->` goes what `benchmarks/results/NAME.json` says,
-a report of `scripts/benchmark.py`. Pictures `benchmarks/plots/NAME.svg` of the page are drawn from
-the same report, with matplotlib.
+a report of `scripts/benchmark.py` or, of trained models, of `scripts/report.py`. Pictures
+`benchmarks/plots/NAME.svg` of a page are drawn from the same report, with matplotlib.
 """
 
 import dataclasses
@@ -17,6 +17,8 @@ from yoso_jax import cli
 from yoso_jax.benchmarking.report import MISSING, Row, draw_speed, read_report, tabulate
 from yoso_jax.errors import ConfigError, DataError, DiskFullError, is_disk_full
 from yoso_jax.metrics import write_atomically
+from yoso_jax.training_table import BENCHMARK
+from yoso_jax.training_table import tabulate as tabulate_training
 
 ROOT = Path(__file__).parents[1]
 # Kernels that are neither hash nor cumulation: values to slices, results back, the projection.
@@ -27,45 +29,54 @@ PLOT = re.compile(r"\((benchmarks/plots/([\w.-]+)\.svg)\)")
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Which page to renew, with its plots, from which reports."""
+    """Which pages to renew, with their plots, from which reports."""
 
     check: tyro.conf.FlagCreatePairsOff[bool] = False
     """Change nothing; fail if a table or a plot is not of the newest report."""
-    readme: Path = ROOT / "README.md"
-    """Page with the markers."""
+    pages: tuple[Path, ...] = (ROOT / "README.md", ROOT / "docs" / "training.md")
+    """Pages with the markers."""
     results: Path = ROOT / "benchmarks" / "results"
     """Folder of the reports."""
 
 
 def main() -> None:
-    """Renews or checks all tables and plots of the page."""
+    """Renews or checks all tables and plots of the pages."""
     arguments = tyro.cli(Arguments, description=f"Renews benchmark tables. {cli.EXIT_CODES}")
+    # All are read, and made, before the first is written.
+    pages = {page: renew(page, arguments.results) for page in arguments.pages}
+    for page, (old, new) in pages.items():
+        for place, name in PLOT.findall(old):
+            path = page.parent / place
+            report = read_report(arguments.results / f"{name}.json")
+            if not arguments.check:
+                _draw(path, report)
+            elif not path.is_file() or report["date"] not in path.read_text(encoding="utf-8"):
+                raise DataError(
+                    f"{path} is not drawn from {name}.json: run scripts/update_readme.py"
+                )
+        if new == old:
+            print(f"{page} is up to date")
+        elif arguments.check:
+            raise DataError(
+                f"{page} differs from {arguments.results}: run scripts/update_readme.py"
+            )
+        else:
+            write_atomically(page, new)
+            print(f"wrote {page}")
+
+
+def renew(page: Path, results: Path) -> tuple[str, str]:
+    """The text of a page, and that with the tables of the reports."""
     try:
-        old = arguments.readme.read_text(encoding="utf-8")
+        old = page.read_text(encoding="utf-8")
     except OSError as error:
-        raise DataError(f"cannot read {arguments.readme}: {error}") from error
+        raise DataError(f"cannot read {page}: {error}") from error
 
-    def renew(marked: re.Match[str]) -> str:
+    def renew_table(marked: re.Match[str]) -> str:
         start, name, _, end = marked.groups()
-        return f"{start}\n{describe(name, read_report(arguments.results / f'{name}.json'))}\n{end}"
+        return f"{start}\n{describe(name, read_report(results / f'{name}.json'))}\n{end}"
 
-    new = MARKED.sub(renew, old)
-    for place, name in PLOT.findall(old):
-        path = arguments.readme.parent / place
-        report = read_report(arguments.results / f"{name}.json")
-        if not arguments.check:
-            _draw(path, report)
-        elif not path.is_file() or report["date"] not in path.read_text(encoding="utf-8"):
-            raise DataError(f"{path} is not drawn from {name}.json: run scripts/update_readme.py")
-    if new == old:
-        print(f"{arguments.readme} is up to date")
-    elif arguments.check:
-        raise DataError(
-            f"{arguments.readme} differs from {arguments.results}: run scripts/update_readme.py"
-        )
-    else:
-        write_atomically(arguments.readme, new)
-        print(f"wrote {arguments.readme}")
+    return old, MARKED.sub(renew_table, old)
 
 
 def _draw(path: Path, report: dict[str, Any]) -> None:
@@ -80,6 +91,8 @@ def _draw(path: Path, report: dict[str, Any]) -> None:
 
 def describe(name: str, report: dict[str, Any]) -> str:
     """A report as a Markdown table, with what it was measured on below it."""
+    if report["benchmark"] == BENCHMARK:
+        return describe_training(name, report)
     arguments, device, versions = (report[x] for x in ("arguments", "device", "versions"))
     rows = [row for row in report["rows"] if "reason" not in row]
     if not rows:
@@ -124,6 +137,24 @@ def describe(name: str, report: dict[str, Any]) -> str:
         f"{table}\n{note}. Measured on {device['kind']}{driver}, jax {versions['jax']}, jaxlib "
         f"{versions['jaxlib']}, {report['date'][:10]}, by `scripts/benchmark.py "
         f"{report['benchmark']}` (`benchmarks/results/{name}.json`).\n"
+    )
+
+
+def describe_training(name: str, report: dict[str, Any]) -> str:
+    """The same of trained models."""
+    headings, lines, notes = tabulate_training(report["rows"])
+    if not lines:
+        raise DataError(f"the report {name} has no row that was tested")
+    rows = [row for row in report["rows"] if row.get("in_table", True)]
+    devices = ", ".join(sorted({row["device"] for row in rows}))
+    dates = sorted({row["date"][:10] for row in rows if "date" in row})
+    times = f", {' to '.join(dict.fromkeys((dates[0], dates[-1])))}" if dates else ""
+    notes = "".join(f"; {note}" for note in notes)
+    return (
+        f"{_table(headings, lines)}\nTest scores of the last step, one a seed in order of the "
+        f"seeds: perplexities, or accuracies and what else stands by the task in %{notes}. Trained "
+        f"on {devices}{times}, collected by `scripts/report.py` "
+        f"(`benchmarks/results/{name}.json`).\n"
     )
 
 

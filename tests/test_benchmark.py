@@ -433,7 +433,7 @@ def page(tmp_path: Path) -> Path:
 
 
 def test_readme_table_is_written_once_and_checked(run: Run, page: Path) -> None:
-    paths = ["--readme", page, "--results", page.parent]
+    paths = ["--pages", page, "--results", page.parent]
     code, out, err = run("update_readme.py", "--check", *paths)
     assert (code, out) == (3, "")
     assert "run scripts/update_readme.py" in err
@@ -454,15 +454,68 @@ def test_readme_table_of_another_benchmark(run: Run, page: Path) -> None:
     row |= {"wall_ms": 3.0, "device_ms": 2.0, "floor_fraction": 0.5, "temp_bytes": 0}
     report = REPORT | {"benchmark": "cumulation", "rows": [row, row | {"direction": "grad_value"}]}
     (page.parent / "speed.json").write_text(json.dumps(report))
-    assert run("update_readme.py", "--readme", page, "--results", page.parent)[0] == 0
+    assert run("update_readme.py", "--pages", page, "--results", page.parent)[0] == 0
     text = page.read_text()
     assert "| implementation | direction | n | m | ms device | ms wall | of floor | MiB |" in text
     assert "| xla | grad_value | 1024 | 32 | 2.0000 | 3.0000 | 50% | 0.0 |" in text
 
 
+TRAINED = {
+    "task": "text",
+    "n": 4096,
+    "attention": "softmax",
+    "seed": 0,
+    "steps": 1200,
+    "learning_rate": 0.001,
+    "initializer_range": 0.02,
+    "data": {"corpora": ["a", "b"]},
+    "test_loss": 0.1,
+    "test_accuracy": 0.3485,
+    "device": "NVIDIA H200",
+    "date": "2026-01-02T03:04:05+00:00",
+}
+SAMPLED = {"attention": "yoso_32", "num_hash": 32, "attention_backward": "bucketed"}
+TRAINED_TABLE = """\
+| task | n | steps | softmax | YOSO-E | YOSO-32, sampled | YOSO-32, bucketed | \
+YOSO-32, bucketed, 8 hashes (1) |
+| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| mlm, perplexity | 4,096 | 1,200 | 1,050.3 | - | - | - | - |
+| text, learning rate 0.001, initializer range 0.02 | 4,096 | 1,200 | 34.9, 50.0, 60.0 | -, 70.0 \
+| - | 80.0, -, 90.0 | 10.0 |
+| text, learning rate 0.001, initializer range 0.06 | 4,096 | 1,200 | 20.0 | - | - | - | - |
+| text, learning rate 0.01, initializer range 0.02 | 4,096 | 9,000 | - | - | 30.0 | - | - |
+"""
+
+
+def test_table_of_trained_models(run: Run, page: Path) -> None:
+    changes: list[dict[str, Any]] = [
+        {"test_accuracy": 0.3485},
+        {"seed": 2, "test_accuracy": 0.6},
+        {"seed": 1, "test_accuracy": 0.5},
+        {"seed": 1, "test_accuracy": 0.4, "date": "2026-01-01T03:04:05+00:00"},
+        {"initializer_range": 0.06, "test_accuracy": 0.2},
+        {"seed": 1, "attention": "yoso_e", "test_accuracy": 0.7},
+        SAMPLED | {"test_accuracy": 0.8},
+        SAMPLED | {"seed": 2, "test_accuracy": 0.9},
+        SAMPLED | {"num_backward_hashes": 8, "test_accuracy": 0.1, "note": "noisy"},
+        SAMPLED | {"test_accuracy": 0.99, "in_table": False, "device": "NVIDIA H100"},
+        SAMPLED
+        | {"attention_backward": "sampled", "steps": 9000, "learning_rate": 0.01}
+        | {"test_accuracy": 0.3},
+        {"task": "mlm", "test_perplexity": 1050.25},
+    ]
+    report = REPORT | {"benchmark": "training", "rows": [TRAINED | change for change in changes]}
+    (page.parent / "speed.json").write_text(json.dumps(report | {"arguments": {}}))
+    assert run("update_readme.py", "--pages", page, "--results", page.parent)[0] == 0
+    text = page.read_text()
+    assert text.startswith("before\n<!-- benchmark: speed -->\n\n" + TRAINED_TABLE + "\n")
+    assert "in %; (1) noisy. Trained on NVIDIA H200, 2026-01-01 to 2026-01-02, collected" in text
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (json.dumps(REPORT | {"benchmark": "training", "rows": []}), "no row that was tested"),
         (None, "cannot read the report"),
         ("{", "cannot read the report"),
         ("[]", "is no report"),
@@ -477,7 +530,7 @@ def test_damaged_report_leaves_the_page(
     report.unlink()
     if text is not None:
         report.write_text(text)
-    code, out, err = run("update_readme.py", "--readme", page, "--results", page.parent)
+    code, out, err = run("update_readme.py", "--pages", page, "--results", page.parent)
     assert (code, out) == (3, "")
     assert message in err
     assert page.read_text() == before
@@ -488,7 +541,7 @@ def test_readme_plot_is_of_the_report(
 ) -> None:
     page.write_text("![Speed](benchmarks/plots/speed.svg)\n")
     plot = page.parent / "benchmarks" / "plots" / "speed.svg"
-    paths = ["--readme", page, "--results", page.parent]
+    paths = ["--pages", page, "--results", page.parent]
     code, _, err = run("update_readme.py", "--check", *paths)
     assert code == 3
     assert "speed.svg is not drawn from speed.json" in err
@@ -504,6 +557,7 @@ def test_readme_plot_is_of_the_report(
     assert run("update_readme.py", "--check", *paths)[0] == 3
 
 
-def test_our_readme_is_what_the_reports_say(run: Run) -> None:
-    code, _, err = run("update_readme.py", "--check")
+def test_our_pages_are_what_the_reports_say(run: Run) -> None:
+    code, out, err = run("update_readme.py", "--check")
     assert code == 0, err
+    assert "training.md is up to date" in out

@@ -142,3 +142,74 @@ def test_every_validation_and_vertical_bars(tmp_path: Path) -> None:
     assert cells[headings.index("valid_other loss")] == "3"
     assert not any("valid_other" in name and "loss" not in name for name in headings)
     assert markdown_table(["a"], [["b|c"]]).endswith("| b\\|c |")
+
+
+def test_json_is_made_and_added_to(
+    tmp_path: Path, report: Callable[..., tuple[int, str, str]]
+) -> None:
+    file = tmp_path / "results" / "training.json"
+    sampled, exact, begun = (
+        write_run(tmp_path / name, 2, seed=seed, ended=name != "begun")
+        for seed, name in enumerate(("sampled", "exact", "begun"))
+    )
+    with (sampled / "config.yaml").open("a") as config:
+        config.write("model: {use_expectation: false, num_hash: 8, attention_backward: bucketed}\n")
+        config.write("data: {task: text, sources: [/root/mails, b]}\ndata_dir: /root/data\n")
+    (sampled / "comparison.json").write_text('{"device": "NVIDIA H100"}')
+    code, out, err = report(sampled, "--json", file, "--device", "TPU")
+    assert (code, err) == (0, "")
+    assert f"{file}: 1 rows\n" in out
+    assert not (sampled / "report.md").exists()
+    (row,) = json.loads(file.read_text())["rows"]
+    expected = {"label": "sampled", "kind": "lra", "task": "text", "attention": "yoso_8"}
+    expected |= {"num_hash": 8, "attention_backward": "bucketed", "seed": 0, "steps": 4}
+    expected |= {"initializer_range": 0.02, "data": {"sources": ["mails", "b"], "data_dir": "data"}}
+    expected |= {"tested_step": 4, "test_f1": 0.25, "validation": [[2, 1.0, 0.7]]}
+    expected |= {"steps_per_s": 15.0, "input_wait": 0.01, "device": "NVIDIA H100"}
+    assert expected.items() <= row.items()
+    assert "bucket_bits" not in row
+    assert row["date"] == "1970-01-01T02:00:00+00:00"
+
+    (sampled / "results.json").write_text('{"step": 4, "test_f1": 0.5}')
+    report_so_far = json.loads(file.read_text()) | {"arguments": {"notes": "kept"}}
+    report_so_far["rows"][0]["in_table"] = False
+    file.write_text(json.dumps(report_so_far))
+    code, out, _ = report(exact, sampled, "--json", file, "--device", "TPU")
+    assert (code, "2 rows, of sampled in place of" in out) == (0, True)
+    merged = json.loads(file.read_text())
+    assert merged["arguments"] == {"notes": "kept"}
+    assert [(x["label"], x["test_f1"], x["device"]) for x in merged["rows"]] == [
+        ("sampled", 0.5, "NVIDIA H100"),
+        ("exact", 0.25, "TPU"),
+    ]
+    assert merged["rows"][0]["in_table"] is False
+    assert merged["rows"][1]["attention"] == "yoso_e"
+
+    before, out_folder = file.read_bytes(), tmp_path / "out"
+    arguments = ("--json", file, "--out", out_folder)
+    other_seed = write_run(tmp_path / "other" / "exact", 2, seed=7)
+    other_bits = write_run(tmp_path / "other" / "sampled", 2)
+    config = (sampled / "config.yaml").read_text()
+    (other_bits / "config.yaml").write_text(
+        config.replace("num_hash: 8", "num_hash: 8, bucket_bits: 1")
+    )
+    for runs, message in (
+        ([other_bits], "label sampled, of different bucket_bits:"),
+        ([begun], "all runs must have ended"),
+        ([other_seed], "label exact, of different seed"),
+        ([exact, other_seed], "folders must have different names, got exact"),
+    ):
+        code, _, err = report(*runs, *arguments)
+        assert (code, message in err) == (2, True), err
+    assert file.read_bytes() == before
+    for content, status, message in (
+        (json.dumps(merged | {"benchmark": "hash"}), 2, "must be a report of 'training'"),
+        (json.dumps(merged | {"rows": [{"task": "text"}]}), 2, "each row with a `label`"),
+        ("mine", 3, "cannot read the report"),
+    ):
+        file.write_text(content)
+        code, _, err = report(exact, *arguments)
+        assert (code, message in err) == (status, True), err
+        assert file.read_text() == content
+    assert not out_folder.exists()
+    assert report(exact, "--device", "TPU")[0] == 2

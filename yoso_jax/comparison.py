@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from yoso_jax.config import EncoderConfig
 from yoso_jax.config_files import CONFIG_FILE, load_config, resume_conflicts
 from yoso_jax.errors import ConfigError
 from yoso_jax.lra_objective import LRAObjective, majority_baseline
@@ -79,6 +80,18 @@ def with_variant(config: TrainConfig, variant: str) -> TrainConfig:
         return dataclasses.replace(config, model=config.model.replace(**changes))
     except ValueError as error:
         raise ConfigError(f"{variant}: model.{error}") from error
+
+
+def variant_of(model: EncoderConfig) -> str:
+    """The name of a model's attention, one of `VARIANTS`.
+
+    Of softmax and YOSO in expectation that have a convolution, which are none of them, it is
+    `softmax_c` and `yoso_c_e`.
+    """
+    if model.attention == "softmax":
+        return "softmax" if model.conv_window is None else "softmax_c"
+    middle = "" if model.conv_window is None else "c_"
+    return f"yoso_{middle}{model.num_hash if model.is_sampled else 'e'}"
 
 
 def plan_runs(config: TrainConfig, variants: Sequence[str], seeds: int) -> list[Run]:

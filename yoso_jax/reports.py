@@ -53,6 +53,11 @@ class RunRecord:
         splits = dict.fromkeys(record["split"] for record in self.records)
         return [split for split in splits if split.startswith("valid")]
 
+    def median(self, name: str) -> float | None:
+        """The median over the training records of what some of them have; None if none has."""
+        values = [record[name] for record in self.split("train") if name in record]
+        return statistics.median(values) if values else None
+
 
 def read_run(folder: Path) -> RunRecord:
     """Reads a run's folder.
@@ -224,14 +229,13 @@ def _summarize(run: RunRecord) -> dict[str, str]:
     for name, value in run.results.items():
         if isinstance(value, float) and not name.startswith("valid"):
             row[name.replace("_", " ")] = f"{value:.4g}"
-    train = run.split("train")
     for name, heading, style in (
         ("steps_per_s", "steps/s", ".3g"),
         ("tokens_per_s", "tokens/s", ",.0f"),
         ("input_wait", "input wait", ".1%"),
     ):
-        if values := [record[name] for record in train if name in record]:
-            row[heading] = f"{statistics.median(values):{style}}"
+        if (value := run.median(name)) is not None:
+            row[heading] = f"{value:{style}}"
     times = [record["time"] for record in run.records if "time" in record]
     if times:
         row["hours"] = f"{(max(times) - min(times)) / 3600:.2f}"

@@ -2,7 +2,8 @@
 
 A report is one JSON object:
 
-- `benchmark`: what was timed; see `scripts/benchmark.py`.
+- `benchmark`: what was timed; see `scripts/benchmark.py`. Of "training", which
+  `yoso_jax.training_report` writes, the rows are of runs.
 - `date`: when it was started, UTC, ISO 8601.
 - `device`: `platform` and `kind` as JAX names them, `driver` (None where it is not known).
 - `versions`: of python, jax, jaxlib, flax and yoso_jax.
