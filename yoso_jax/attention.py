@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from yoso_jax.batch_sharding import map_batch
@@ -239,6 +240,7 @@ def _expectation_fwd(options: _Options, *args: Any) -> tuple:
         hash_code_len=options.hash_code_len,
         normalize=options.normalize,
     )
+    out, norm = _run_once(out, norm)
     return out, (out if options.normalize else None, norm, *args)
 
 
@@ -289,6 +291,7 @@ def _sampled_fwd(
         hash_code_len=options.hash_code_len,
         normalize=options.normalize,
     )
+    out, norm, codes = _run_once(out, norm, codes)
     unit = out if options.normalize else None
     return out, (unit, norm, codes, query, key, value, query_mask, key_mask)
 
@@ -313,6 +316,16 @@ def _sampled_bwd(options: _Options, residuals: tuple, grad_out: Array) -> tuple:
 
 
 _sampled.defvjp(_sampled_fwd, _sampled_bwd)
+
+
+def _run_once(*results: Any) -> tuple:
+    """The same.
+
+    In a loop over layers XLA for GPUs lets a kernel write what the backward pass needs into the
+    array of all layers, and runs it a second time for what the layer goes on with
+    (`yoso_jax.compiling` says how to turn that off). It does not find kernels behind a barrier.
+    """
+    return lax.optimization_barrier(results)
 
 
 def _check_arrays(query: Array, key: Array, value: Array) -> None:

@@ -418,7 +418,7 @@ def cumulate(
     else:
         bounds = fixed_point.bounds_of_all(sliced.sums)
     if plan.may_pack:
-        bounds = fixed_point.allow_for_mean(bounds, value, plan.buckets)
+        bounds = fixed_point.allow_for_mean(bounds, value, query_codes, key_codes)
     if plan.takes_one_kernel:
         program = cumulation_program(plan)
         out, *_ = call(program, query_codes, key_codes, sliced.slices, bounds)

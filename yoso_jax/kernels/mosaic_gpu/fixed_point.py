@@ -25,7 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt16
 
 from yoso_jax.kernels.mosaic_gpu import layout
 from yoso_jax.kernels.mosaic_gpu.lane import (
@@ -55,6 +55,9 @@ _UNITS = 2.0**30
 # Values of a head that are looked at to find what they have in common.
 _SAMPLED_VALUES = 256
 _LEAST_COMMON = 0.03
+_SAMPLED_QUERIES, _SAMPLED_KEYS = 32, 128
+# A typical value is several integers at least.
+_MOST_COARSE = 32.0
 # Bounds below this are as good as zero, and their inverse would overflow.
 _TINY = 1e-25
 # Bytes of a pair of floats.
@@ -228,24 +231,36 @@ def bounds_of_all(sums: Float[Array, "heads chunks 4"]) -> Float[Array, "heads 1
 
 
 def allow_for_mean(
-    bounds: Float[Array, "heads bounds 2"], value: Float[Array, "B S N D"], buckets: Buckets
+    bounds: Float[Array, "heads bounds 2"],
+    value: Float[Array, "B S N D"],
+    query_codes: UInt16[Array, "heads groups T 8"],
+    key_codes: UInt16[Array, "heads groups S 8"],
 ) -> Float[Array, "heads bounds 2"]:
     """Bounds with larger typical values, as far as values have a mean in common.
 
     With a fraction c of the mean squared length in their mean, the sum of K values has a mean
-    square of `K (1 + (K - 1) c)` of theirs, and that of their roundings K of those. K is taken for
-    half the keys that a query finds in all hashes if buckets are even, but one key a hash at most.
+    square of `K (1 + (K - 1) c)` of theirs, and that of their roundings K of those. So typical
+    values may be taken for larger by a factor f, with `1 / f**2` the mean of `1 / (1 + (K - 1) c)`
+    over queries. K and c are those of a few tokens; K is the keys found in all hashes.
     """
     some = value[:, :: max(1, value.shape[1] // _SAMPLED_VALUES)].astype(jnp.float32)
-    count = some.shape[1]
     squares = jnp.sum(jnp.square(some), axis=(1, 3))
     total = jnp.sum(jnp.square(jnp.sum(some, axis=1)), axis=-1)
-    common = (total - squares) / (jnp.maximum(squares, _TINY) * max(1, count - 1))
+    common = (total - squares) / (jnp.maximum(squares, _TINY) * max(1, some.shape[1] - 1))
     # Not by chance, nor NaN.
-    common = jnp.where(common > _LEAST_COMMON, jnp.minimum(common, 1), 0).reshape(-1)
-    filled = min(1.0, buckets.num_tokens / 2**buckets.hash_code_len)
-    added = max(0.0, buckets.num_hashes * filled / 2 - 1)
-    return bounds * jnp.stack([jnp.ones_like(common), jnp.sqrt(1 + added * common)], -1)[:, None]
+    common = jnp.where(common > _LEAST_COMMON, jnp.minimum(common, 1), 0).reshape(-1, 1)
+
+    def sample(codes: Array, count: int) -> Array:
+        # Every eighth token has the hashes of a group in the same order.
+        stride = layout.HASHES * max(1, codes.shape[2] // (layout.HASHES * count))
+        return codes[:, :, ::stride]
+
+    queries, keys = sample(query_codes, _SAMPLED_QUERIES), sample(key_codes, _SAMPLED_KEYS)
+    found = jnp.sum(queries[:, :, :, None] == keys[:, :, None], axis=(1, 3, 4), dtype=jnp.float32)
+    others = jnp.maximum(found * (key_codes.shape[2] / keys.shape[2]) - 1, 0)
+    factor = jax.lax.rsqrt(jnp.mean(1 / (1 + others * common), axis=1))
+    factor = jnp.minimum(factor, _MOST_COARSE)
+    return bounds * jnp.stack([jnp.ones_like(factor), factor], axis=-1)[:, None]
 
 
 class Scale(NamedTuple):
