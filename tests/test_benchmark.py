@@ -475,9 +475,10 @@ TRAINED = {
     "date": "2026-01-02T03:04:05+00:00",
 }
 SAMPLED = {"attention": "yoso_32", "num_hash": 32, "attention_backward": "bucketed"}
+SAMPLED |= {"num_backward_hashes": 2, "bucket_bits": 3}
 TRAINED_TABLE = """\
-| task | n | steps | softmax | YOSO-E | YOSO-32, sampled | YOSO-32, bucketed | \
-YOSO-32, bucketed, 8 hashes (1) |
+| task | n | steps | softmax | YOSO-E | YOSO-32, sampled | YOSO-32, bucketed, 2 x 512 | \
+YOSO-32, bucketed, 8 x 512 (1) |
 | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 | mlm, perplexity | 4,096 | 1,200 | 1,050.3 | - | - | - | - |
 | text, learning rate 0.001, initializer range 0.02 | 4,096 | 1,200 | 34.9, 50.0, 60.0 | -, 70.0 \

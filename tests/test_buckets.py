@@ -407,6 +407,7 @@ def plan(backward="bucketed", num_backward_hashes=None, bucket_bits=None, **opti
 def test_defaults():
     assert plan() == backward_choice.BackwardPlan("bucketed", 2, 4)
     assert plan(num_hashes=1, num_tokens=2**20).num_hashes == 1
+    assert plan(num_tokens=4095) == backward_choice.BackwardPlan("bucketed", 4, 3)
     bits = {n: plan(num_tokens=n).bucket_bits for n in (512, 1023, 1024, 16384, 2**17, 2**20)}
     assert bits == {512: 1, 1023: 1, 1024: 2, 16384: 6, 2**17: 9, 2**20: 9}
     # One bucket holds all pairs, whatever the hash.

@@ -468,3 +468,10 @@ def test_refuses_sampling_without_keys() -> None:
 def test_heads_refuse(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message).replace("int64", r"int\d+")):
         call()
+
+
+def test_token_types_start_at_zero():
+    config = YosoConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    embeddings = YosoModel(config, rngs=nnx.Rngs(0)).embeddings
+    assert not embeddings.token_type_embeddings.embedding[...].any()
+    assert embeddings.position_embeddings.embedding[...].std() > 0.01

@@ -155,6 +155,7 @@ def test_json_is_made_and_added_to(
     with (sampled / "config.yaml").open("a") as config:
         config.write("model: {use_expectation: false, num_hash: 8, attention_backward: bucketed}\n")
         config.write("data: {task: text, sources: [/root/mails, b]}\ndata_dir: /root/data\n")
+        config.write("sequence_length: 2048\n")
     (sampled / "comparison.json").write_text('{"device": "NVIDIA H100"}')
     code, out, err = report(sampled, "--json", file, "--device", "TPU")
     assert (code, err) == (0, "")
@@ -167,7 +168,7 @@ def test_json_is_made_and_added_to(
     expected |= {"tested_step": 4, "test_f1": 0.25, "validation": [[2, 1.0, 0.7]]}
     expected |= {"steps_per_s": 15.0, "input_wait": 0.01, "device": "NVIDIA H100"}
     assert expected.items() <= row.items()
-    assert "bucket_bits" not in row
+    assert (row["n"], row["num_backward_hashes"], row["bucket_bits"]) == (2048, 4, 3)
     assert row["date"] == "1970-01-01T02:00:00+00:00"
 
     (sampled / "results.json").write_text('{"step": 4, "test_f1": 0.5}')

@@ -53,7 +53,7 @@ class EncoderConfig(Validated):
     max_position_embeddings: int = 4096
     """The longest sequence, >= 1."""
     initializer_range: float = 0.02
-    """Standard deviation of the initial weights, >= 0."""
+    """Standard deviation of the initial weights, >= 0; biases and token types start at zero."""
     layer_norm_eps: float = 1e-12
     """Epsilon of every LayerNorm, > 0."""
 

@@ -7,7 +7,7 @@ hold notes, which stay when runs are added. Each row is of a run and has
 - `label`: the name of its folder, different in every row;
 - `kind`, `task` and `n`: what was trained, on sequences of how many tokens;
 - `attention`: as of `yoso_jax.comparison.variant_of`; of one that samples also `num_hash`,
-  `attention_backward`, and `num_backward_hashes` and `bucket_bits` if they were given;
+  `attention_backward`, and of buckets `num_backward_hashes` and `bucket_bits`;
 - `seed`, `steps`, `learning_rate`, `batch_size`, `dtype`, `final_checkpoint`, `data` (its other
   fields, and the folder's name), and of the model `hidden_size`,
   `num_hidden_layers`, `initializer_range`; `init_from` and `mean_over` where the run has them;
@@ -33,6 +33,7 @@ from yoso_jax.benchmarking.report import Row, describe_environment, read_report
 from yoso_jax.comparison import ROW_FILE, variant_of
 from yoso_jax.config import CONFIG_FILE, EncoderConfig, YosoConfig
 from yoso_jax.errors import CheckpointError, ConfigError
+from yoso_jax.kernels.backward_choice import plan
 from yoso_jax.lra import LRAConfig
 from yoso_jax.metrics import score_name
 from yoso_jax.reports import RunRecord
@@ -134,9 +135,19 @@ def _describe(run: RunRecord) -> Row:
     row |= {"n": config.get("sequence_length"), "attention": variant_of(model)}
     if model.is_sampled:
         row |= {"num_hash": model.num_hash, "attention_backward": model.backward or "auto"}
-        for name in ("num_backward_hashes", "bucket_bits"):
-            if (value := getattr(model, name)) is not None:
-                row[name] = value
+    if row.get("attention_backward") == "bucketed" and row["n"] is not None:
+        # As they were chosen: defaults change.
+        chosen = plan(
+            "bucketed",
+            model.num_backward_hashes,
+            model.bucket_bits,
+            num_hashes=model.num_hash,
+            hash_code_len=model.hash_code_len,
+            num_tokens=row["n"],
+            is_biased=False,
+            platform="",
+        )
+        row |= {"num_backward_hashes": chosen.num_hashes, "bucket_bits": chosen.bucket_bits}
     row |= {"seed": config.get("seed"), "steps": config["steps"]}
     row["learning_rate"] = config.get("optimizer.learning_rate")
     row |= {name: config.get(name) for name in ("batch_size", "dtype", "final_checkpoint")}

@@ -108,20 +108,25 @@ def _column(row: Row) -> tuple[Any, ...]:
         attention,
         -1 if backward is None else _GRADIENTS.index(backward),
         row.get("num_backward_hashes", 0),
-        row.get("bucket_bits", -1),
+        _bucket_tokens(row),
         row.get("note", ""),
     )
 
 
+def _bucket_tokens(row: Row) -> int:
+    """A power of two, of which a bucket has as many tokens on average, up to twice as many."""
+    if "bucket_bits" not in row:
+        return 0
+    return 2 ** ((row["n"] >> row["bucket_bits"]).bit_length() - 1)
+
+
 def _heading(column: tuple[Any, ...], notes: Sequence[str]) -> str:
-    _, _, attention, backward, hashes, bits, note = column
+    _, _, attention, backward, hashes, tokens, note = column
     parts = [_paper_name(attention)]
     if backward >= 0:
         parts.append(_GRADIENTS[backward])
     if hashes:
-        parts.append(f"{hashes} hashes")
-    if bits >= 0:
-        parts.append(f"{bits} bits")
+        parts.append(f"{hashes} x {tokens}")
     return ", ".join(parts) + (f" {_mark(notes, note)}" if note else "")
 
 

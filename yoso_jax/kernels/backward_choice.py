@@ -13,7 +13,10 @@ BACKWARDS = ("sampled", "expectation", "bucketed")
 # Tokens a bucket should have at least, on average. Of the same number of pairs, fewer hashes of
 # larger buckets are less noisy, have less to sort and to sum up, and their tiles are fuller.
 _BUCKET_TOKENS = 256
-_MOST_HASHES = 2
+# The longer sequences are, the more buckets save. Where they save little, noise counts for more: on
+# associative recall of 1,024 tokens 4 hashes train as the expectation does, and 2 do not always.
+_HASHES, _HASHES_OF_SHORT = 2, 4
+_SHORT = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +42,10 @@ CROSSOVERS = {
         "(benchmarks/results/backward_cpu.json); 'sampled' is never clearly the fastest",
     ),
     "gpu": Crossover(
-        4096,
-        "H100, jax 0.11.2, bfloat16, H = 64, forward and backward pass by mosaic_gpu: the "
-        "expectation's time is 1.5 times the buckets' at 4,096, 4.1 at 16,384",
+        2048,
+        "H200, jax 0.11.2, bfloat16, H = 64, forward and backward pass by mosaic_gpu: the "
+        "expectation's time is 1.23 times the buckets' at 2,048, 1.96 at 4,096, 6.2 at 16,384 "
+        "(benchmarks/results/bucketed.json)",
     ),
     # Not measured: to be replaced when it is.
     "tpu": Crossover(4096, "a cautious guess"),
@@ -78,7 +82,7 @@ def plan(
 
     Args:
       backward: the kind; None for the fastest.
-      num_backward_hashes: None for all hashes, or 2 of them.
+      num_backward_hashes: None for 2 of them, or 4 below 4,096 tokens.
       bucket_bits: None for buckets of 256 to 511 tokens, where they are even.
       num_hashes: hashes of the forward pass.
       hash_code_len: bits of a hash.
@@ -90,7 +94,8 @@ def plan(
       ValueError: "bucketed" is asked for although the hashes are biased.
     """
     if num_backward_hashes is None:
-        num_backward_hashes = min(num_hashes, _MOST_HASHES)
+        wanted = _HASHES_OF_SHORT if num_tokens < _SHORT else _HASHES
+        num_backward_hashes = min(num_hashes, wanted)
     if backward is None:
         backward = _choose(num_tokens, num_backward_hashes, is_biased, platform)
     elif backward == "bucketed" and is_biased:
@@ -111,5 +116,5 @@ def _choose(num_tokens: int, num_backward_hashes: int, is_biased: bool, platform
         return "sampled"  # as published, like the hashes
     crossover = CROSSOVERS.get(platform, CROSSOVERS["gpu"])
     # Buckets take time in proportion to hashes and tokens, the expectation to tokens squared.
-    start = crossover.num_tokens * num_backward_hashes / _MOST_HASHES
+    start = crossover.num_tokens * num_backward_hashes / _HASHES
     return "bucketed" if num_tokens >= start else "expectation"
