@@ -131,11 +131,12 @@ def add_runs(
 def _describe(run: RunRecord) -> Row:
     """The fields of a row that follow from the configuration."""
     config, model = run.config, _read_model(run)
+    n: int | None = config.get("sequence_length")
     row = {"label": run.name, "kind": config.get("kind", "lra"), "task": config.get("data.task")}
-    row |= {"n": config.get("sequence_length"), "attention": variant_of(model)}
+    row |= {"n": n, "attention": variant_of(model)}
     if model.is_sampled:
         row |= {"num_hash": model.num_hash, "attention_backward": model.backward or "auto"}
-    if row.get("attention_backward") == "bucketed" and row["n"] is not None:
+    if row.get("attention_backward") == "bucketed" and n is not None:
         # As they were chosen: defaults change.
         chosen = plan(
             "bucketed",
@@ -143,7 +144,7 @@ def _describe(run: RunRecord) -> Row:
             model.bucket_bits,
             num_hashes=model.num_hash,
             hash_code_len=model.hash_code_len,
-            num_tokens=row["n"],
+            num_tokens=n,
             is_biased=False,
             platform="",
         )
