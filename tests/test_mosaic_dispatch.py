@@ -242,9 +242,9 @@ def test_exports_for_cuda(on_any_machine, dtype):
 @pytest.mark.parametrize("normalize", [False, True])
 def test_only_kernels_touch_the_tokens_of_a_forward_pass(on_any_machine, normalize):
     """No copy, transposition, mask or float32 twin of an array of the size of the inputs."""
-    *args, _ = inputs((2, 64, 3, 32))
+    *args, _ = inputs((2, 2048, 3, 32))
     projection = sample_projection(RNG, (2, 3), 32, num_hashes=8, hash_code_len=5)
-    mask = jnp.ones((2, 64), bool)
+    mask = jnp.ones((2, 2048), bool)
     jaxpr = jax.make_jaxpr(
         functools.partial(
             sampled_attention, hash_code_len=5, normalize=normalize, implementation="mosaic_gpu"

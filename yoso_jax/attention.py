@@ -230,18 +230,21 @@ def _expectation(options: _Options, *args: Any) -> Array:
 
     At least float32, or in the dtype of `value`.
     """
-    return _expectation_fwd(options, *args)[0]
+    return _expect(options, *args)[0]
 
 
-def _expectation_fwd(options: _Options, *args: Any) -> tuple:
-    out, norm = dispatch.call(
+def _expect(options: _Options, *args: Any) -> tuple[Array, Array | None]:
+    return dispatch.call(
         "expectation",
         options.implementations,
         *args,
         hash_code_len=options.hash_code_len,
         normalize=options.normalize,
     )
-    out, norm = _run_once(out, norm)
+
+
+def _expectation_fwd(options: _Options, *args: Any) -> tuple:
+    out, norm = _run_once(_expect(options, *args))
     return out, (out if options.normalize else None, norm, *args)
 
 
@@ -268,33 +271,23 @@ def _sampled(options: _Options, *args: Any) -> Array:
 
     Dtypes are those of `_expectation`.
     """
-    return _sampled_fwd(options, *args)[0]
+    return _sample(options, *args)[0]
 
 
-def _sampled_fwd(
-    options: _Options,
-    query: Array,
-    key: Array,
-    value: Array,
-    projection: Array,
-    query_mask: Array | None,
-    key_mask: Array | None,
-) -> tuple:
-    out, norm, codes = dispatch.call(
+def _sample(options: _Options, *args: Any) -> tuple[Array, Array | None, Any]:
+    return dispatch.call(
         "sampled",
         options.implementations,
-        query,
-        key,
-        value,
-        projection,
-        query_mask,
-        key_mask,
+        *args,
         hash_code_len=options.hash_code_len,
         normalize=options.normalize,
     )
-    out, norm, codes = _run_once(out, norm, codes)
-    unit = out if options.normalize else None
-    return out, (unit, norm, codes, query, key, value, query_mask, key_mask)
+
+
+def _sampled_fwd(options: _Options, *args: Any) -> tuple:
+    out, norm, codes = _run_once(_sample(options, *args))
+    query, key, value, _, *masks = args
+    return out, (out if options.normalize else None, norm, codes, query, key, value, *masks)
 
 
 def _sampled_bwd(options: _Options, residuals: tuple, grad_out: Array) -> tuple:
@@ -319,7 +312,7 @@ def _sampled_bwd(options: _Options, residuals: tuple, grad_out: Array) -> tuple:
 _sampled.defvjp(_sampled_fwd, _sampled_bwd)
 
 
-def _run_once(*results: Any) -> tuple:
+def _run_once[Results](results: Results) -> Results:
     """The same.
 
     In a loop over layers XLA for GPUs lets a kernel write what the backward pass needs into the
