@@ -25,9 +25,9 @@ class Embeddings(nnx.Module):
         self.word_embeddings = Embed(config, config.vocab_size, policy, rngs=rngs)
         self.position_embeddings = Embed(config, positions, policy, rngs=rngs)
         self.token_type_embeddings = Embed(config, config.type_vocab_size, policy, rngs=rngs)
-        # What all tokens have in common makes any two alike. With a third of their variance, a
-        # query begins with six times the weight on tokens that do not concern it, and a model
-        # learns where to look later. Softmax does not see what all keys share.
+        # What all tokens share leaves less to tell them apart by: with the type in a third of their
+        # variance cosines of a query differ by a fifth less, hashes fill few buckets, and a model
+        # learns later where to look. Softmax does not see what all keys share.
         types = self.token_type_embeddings.embedding
         types[...] = jnp.zeros_like(types[...])
         if self.pad_token_id is not None:
