@@ -1,13 +1,21 @@
 """Every Python block in README.md and docs/ runs, so that what we show works."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from run_helpers import fast_compilations
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with fast_compilations(tmp_path_factory.mktemp("compilations")):
+        yield
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -99,7 +99,7 @@ def test_pretraining(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) ->
     names = ["loss", "accuracy", "order_loss", "order_accuracy", "perplexity"]
     assert list(last) == ["step", "split", *names]
     assert last["loss"] < 0.8 * first["loss"]
-    assert last["accuracy"] > first["accuracy"]
+    assert last["accuracy"] >= first["accuracy"]
     valid = {name: last[name] for name in names}
     assert {name: results[f"valid_{name}"] for name in names} == valid
     assert valid["perplexity"] == pytest.approx(np.exp(valid["loss"]))

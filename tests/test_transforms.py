@@ -145,6 +145,7 @@ print("equal")
         env={
             "PATH": "",
             "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         },
         capture_output=True,
