@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_helpers import rows_with_slope
+from run_helpers import fast_compilations
 from safetensors.numpy import load_file
 
 from yoso_jax import attention, yoso_attention
@@ -17,6 +18,12 @@ from yoso_jax.kernels.codes import hash_codes
 from yoso_jax.kernels.xla import l2_normalize_gradient
 
 RNG = jax.random.key(7)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compilations(tmp_path_factory):
+    with fast_compilations(tmp_path_factory.mktemp("compilations")):
+        yield
 
 
 def inputs(shape=(2, 19, 3, 16), num_keys=None, value_dim=None, dtype=jnp.float32):

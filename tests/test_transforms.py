@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from run_helpers import fast_compilations
 
 from yoso_jax import kernels, yoso_attention
 
@@ -19,6 +20,12 @@ MODES = {
     "sampled-E": dict(num_hashes=5, hash_code_len=4, backward="expectation"),
 }
 mode = pytest.mark.parametrize("mode", MODES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compilations(tmp_path_factory):
+    with fast_compilations(tmp_path_factory.mktemp("compilations")):
+        yield
 
 
 def inputs(batch=2, tokens=12):
