@@ -19,15 +19,35 @@ from yoso_jax.kernels.mosaic_gpu.varying import vary_like
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["query", "key"], meta_fields=["num_hashes"]
+    jax.tree_util.register_dataclass, data_fields=["projection"], meta_fields=["hash_code_len"]
 )
 @dataclasses.dataclass(frozen=True)
-class ArrangedCodes:
-    """What `sampled` keeps for its backward pass: codes as `layout.arrange_codes` returns them."""
+class Hashes:
+    """What `sampled` keeps for its backward pass.
 
-    query: Array
-    key: Array
-    num_hashes: int
+    Codes of long sequences are far larger than the projection, and take a hundredth of a training
+    step to compute again.
+    """
+
+    projection: Array
+    hash_code_len: int
+
+    @property
+    def number(self) -> int:
+        """How many they are."""
+        return self.projection.shape[-1] // self.hash_code_len
+
+    def codes(
+        self, x: Float[Array, "B T N H"], *, filler: int
+    ) -> UInt16[Array, "heads groups T 8"]:
+        """As `layout.arrange_codes` returns them.
+
+        Masked tokens have codes, too: what is in their rows does not matter, since they neither add
+        to a table nor read from one. Nor does the length of a token matter.
+        """
+        hash_fn = hash_tokens_by_xla if x.dtype == jnp.float32 else hashing.hash_tokens
+        options = dict(hash_code_len=self.hash_code_len, filler=filler)
+        return vary_like(hash_fn(x, self.projection, **options), x, self.projection)
 
 
 def sampled(
@@ -40,40 +60,31 @@ def sampled(
     *,
     hash_code_len: int,
     normalize: bool,
-) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"] | None, ArrangedCodes]:
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"] | None, Hashes]:
     """As `xla.sampled`, with the rows in the dtype of `value`; norms are float32.
 
     Raises:
       NotImplementedError: there are no kernels for the device, a shape or the dtype.
     """
-    num_hashes = projection.shape[-1] // hash_code_len
-    _check(value, num_hashes, hash_code_len)
+    hashes = Hashes(projection, hash_code_len)
+    _check(value, hashes.number, hash_code_len)
     _check_size("the last dimension of query", query.shape[-1], hashing.MAX_HEAD_DIM)
-    # Masked tokens have codes, too: what is in their rows does not matter, since they neither add
-    # to a table nor read from one. Nor does the length of a token matter.
-    hash_fn = hash_tokens_by_xla if query.dtype == jnp.float32 else hashing.hash_tokens
-    hash_fn = functools.partial(hash_fn, projection=projection, hash_code_len=hash_code_len)
-    codes = ArrangedCodes(
-        vary_like(hash_fn(hopper.only(query), filler=0), query, projection),
-        vary_like(hash_fn(hopper.only(key), filler=1), key, projection),
-        num_hashes,
-    )
     out = _cumulate(
-        codes.query,
-        codes.key,
+        hashes.codes(hopper.only(query), filler=0),
+        hashes.codes(hopper.only(key), filler=1),
         value,
         query_mask,
         key_mask,
-        num_hashes=num_hashes,
+        num_hashes=hashes.number,
         hash_code_len=hash_code_len,
         normalize=normalize,
     )
     out, norm = out if normalize else (out, None)
-    return out, norm, codes
+    return out, norm, hashes
 
 
 def sampled_backward(
-    codes: object,
+    hashes: object,
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S N H"],
     value: Float[Array, "B S N D"],
@@ -92,17 +103,18 @@ def sampled_backward(
     The others are by `xla` if they are of all hashes, in float32, or of shapes without a kernel.
 
     Raises:
-      NotImplementedError: the codes are those of another implementation.
+      NotImplementedError: the hashes are those of another implementation.
     """
-    if not isinstance(codes, ArrangedCodes):
-        raise NotImplementedError(f"mosaic_gpu made no codes of type {type(codes).__name__}.")
+    if not isinstance(hashes, Hashes):
+        raise NotImplementedError(f"mosaic_gpu made no hashes of type {type(hashes).__name__}.")
+    query_codes, key_codes = hashes.codes(query, filler=0), hashes.codes(key, filler=1)
     grad_value = _cumulate(
-        codes.key,
-        codes.query,
+        key_codes,
+        query_codes,
         grad_out,
         key_mask,
         query_mask,
-        num_hashes=codes.num_hashes,
+        num_hashes=hashes.number,
         hash_code_len=hash_code_len,
     )
     args = query, key, value, query_mask, key_mask
@@ -115,8 +127,8 @@ def sampled_backward(
     options = dict(hash_code_len=hash_code_len)
     if backward == "bucketed":
         grads = _bucketed_gradients(
-            plain(codes.query, num_backward_hashes),
-            plain(codes.key, num_backward_hashes),
+            plain(query_codes, num_backward_hashes),
+            plain(key_codes, num_backward_hashes),
             *args,
             grad_out,
             hash_code_len=hash_code_len,
@@ -125,7 +137,7 @@ def sampled_backward(
         )
         return *grads, grad_value
     if backward == "sampled":
-        collided = xla.Codes(*(plain(x, codes.num_hashes) for x in (codes.query, codes.key)))
+        collided = xla.Codes(*(plain(x, hashes.number) for x in (query_codes, key_codes)))
         grads = xla.surrogate_gradients(collided, *args, grad_out, **options)
         return *grads[:2], grad_value
     if value.dtype == jnp.float32:
