@@ -164,6 +164,7 @@ def test_json_is_made_and_added_to(
     (row,) = json.loads(file.read_text())["rows"]
     expected = {"label": "sampled", "kind": "lra", "task": "text", "attention": "yoso_8"}
     expected |= {"num_hash": 8, "attention_backward": "bucketed", "seed": 0, "steps": 4}
+    expected |= {"hash_code_len": 9}
     expected |= {"initializer_range": 0.02, "data": {"sources": ["mails", "b"], "data_dir": "data"}}
     expected |= {"tested_step": 4, "test_f1": 0.25, "validation": [[2, 1.0, 0.7]]}
     expected |= {"steps_per_s": 15.0, "input_wait": 0.01, "device": "NVIDIA H100"}

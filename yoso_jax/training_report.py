@@ -59,6 +59,7 @@ _ATTENTION = (
 )
 # Fields that not all rows have: of the configuration, and those added by hand.
 _OPTIONAL = (
+    "hash_code_len",
     "num_hash",
     "attention_backward",
     "num_backward_hashes",
@@ -134,6 +135,8 @@ def _describe(run: RunRecord) -> Row:
     n: int | None = config.get("sequence_length")
     row = {"label": run.name, "kind": config.get("kind", "lra"), "task": config.get("data.task")}
     row |= {"n": n, "attention": variant_of(model)}
+    if model.attention == "yoso":
+        row["hash_code_len"] = model.hash_code_len
     if model.is_sampled:
         row |= {"num_hash": model.num_hash, "attention_backward": model.backward or "auto"}
     if row.get("attention_backward") == "bucketed" and n is not None:

@@ -21,6 +21,7 @@ _DETAILS = (
     "hidden_size",
     "num_hidden_layers",
     "initializer_range",
+    "hash_code_len",
 )
 
 
@@ -29,8 +30,9 @@ def tabulate(rows: Sequence[Row]) -> tuple[list[str], list[list[str]], list[str]
 
     A line is of runs that share task, length, steps and all that `_DETAILS` and `data` hold; where
     lines of a task and length differ in those, they say it. A column is of an attention, its
-    gradients and the note of its rows. A cell has a score a seed, from the first seed of the line
-    on, of the newest run of that seed.
+    gradients and the note of its rows; softmax, which has no hashes, stands in the lines of all
+    lengths of their codes. A cell has a score a seed, from the first seed of the line on, of the
+    newest run of that seed.
     """
     rows = [row for row in rows if row.get("in_table", True) and _metric(row)]
     columns = sorted({_column(row) for row in rows})
@@ -40,8 +42,9 @@ def tabulate(rows: Sequence[Row]) -> tuple[list[str], list[list[str]], list[str]
     for row in rows:
         key = (_title(row), row["n"], row["steps"], *_details(row).items())
         lines.setdefault(key, []).append(row)
+    _share_softmax(lines)
     cells = []
-    for key in sorted(lines, key=lambda key: (*key[:3], str(key))):
+    for key in sorted(lines, key=_order):
         title, n, steps, *details = key
         others = [dict(other[3:]) for other in lines if other[:2] == key[:2]]
         title += "".join(
@@ -57,6 +60,31 @@ def tabulate(rows: Sequence[Row]) -> tuple[list[str], list[list[str]], list[str]
             line.append(_cell(seeds, {row["seed"]: _score(row) for row in found}))
         cells.append(line)
     return headings, cells, [f"{_mark(notes, note)} {note}" for note in notes]
+
+
+def _order(key: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of lines: by the first cells, then by the details, numbers as such."""
+    values = (value for _, value in key[3:])
+    return *key[:3], *((x if isinstance(x, int | float) else 0, str(x)) for x in values)
+
+
+def _share_softmax(lines: dict[tuple[Any, ...], list[Row]]) -> None:
+    """Adds lines of softmax alone to those that differ in nothing but the length of codes."""
+
+    def others(key: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*key[:3], *(part for part in key[3:] if part[0] != "hash_code_len"))
+
+    alone = [k for k, rows in lines.items() if all(_is_softmax(row) for row in rows)]
+    for key in alone:
+        same = [other for other in lines if other != key and others(other) == others(key)]
+        for other in same:
+            lines[other] += lines[key]
+        if same:
+            del lines[key]
+
+
+def _is_softmax(row: Row) -> bool:
+    return row["attention"].startswith("softmax")
 
 
 def _metric(row: Row) -> str | None:
@@ -103,7 +131,7 @@ def _column(row: Row) -> tuple[Any, ...]:
     """Sorts as the columns stand: softmax, the expectation, and then by what is sampled."""
     attention, backward = row["attention"], row.get("attention_backward")
     return (
-        not attention.startswith("softmax"),
+        not _is_softmax(row),
         row.get("num_hash", 0),
         attention,
         -1 if backward is None else _GRADIENTS.index(backward),
