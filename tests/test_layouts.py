@@ -36,32 +36,37 @@ def train(folder: Path) -> Train:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         running = []
-        for index in range(processes):
-            environment = os.environ | {
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
-                "JAX_COMPILATION_CACHE_DIR": str(folder / "compilations"),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-                "PYTHONPATH": str(ROOT),
-            }
-            if processes > 1:
-                environment |= {
-                    "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-                    "JAX_NUM_PROCESSES": str(processes),
-                    "JAX_PROCESS_ID": str(index),
+        try:
+            for index in range(processes):
+                environment = os.environ | {
+                    "JAX_PLATFORMS": "cpu",
+                    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
+                    "JAX_COMPILATION_CACHE_DIR": str(folder / "compilations"),
+                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                    "PYTHONPATH": str(ROOT),
                 }
-            running.append(
-                subprocess.Popen(
-                    [sys.executable, str(ROOT / "scripts" / "train.py"), str(path)]
-                    + ["--resume"] * resume,
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
+                if processes > 1:
+                    environment |= {
+                        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                        "JAX_NUM_PROCESSES": str(processes),
+                        "JAX_PROCESS_ID": str(index),
+                    }
+                running.append(
+                    subprocess.Popen(
+                        [sys.executable, str(ROOT / "scripts" / "train.py"), str(path)]
+                        + ["--resume"] * resume,
+                        env=environment,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE,
+                        text=True,
+                    )
                 )
-            )
-        outputs = [process.communicate(timeout=300) for process in running]
+            outputs = [process.communicate(timeout=300) for process in running]
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
         for process, (_, err) in zip(running, outputs, strict=True):
             assert process.returncode == 0, err
         assert all("step" not in out for out, _ in outputs[1:])
