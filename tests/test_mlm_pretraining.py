@@ -60,7 +60,13 @@ def config(folder: Path, tmp_path: Path) -> PretrainConfig:
         log_every=7,
         evaluate_every=5,
         optimizer=OptimizerConfig(learning_rate=1e-2, end_factor=1.0),
-        data=MLMConfig(corpora=("texts",), vocab_size=310, test_fraction=0.1, sentence_order=True),
+        data=MLMConfig(
+            corpora=("texts",),
+            vocab_size=310,
+            valid_fraction=0.2,  # enough predictions for a perplexity to mean something
+            test_fraction=0.1,
+            sentence_order=True,
+        ),
         model=ModelOptions(
             hidden_size=32,
             num_hidden_layers=1,
@@ -99,7 +105,8 @@ def test_pretraining(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) ->
     names = ["loss", "accuracy", "order_loss", "order_accuracy", "perplexity"]
     assert list(last) == ["step", "split", *names]
     assert last["loss"] < 0.8 * first["loss"]
-    assert last["accuracy"] >= first["accuracy"]
+    # Of what is most frequent a model predicts as much after five steps as after sixty.
+    assert last["perplexity"] < first["perplexity"] / 2
     valid = {name: last[name] for name in names}
     assert {name: results[f"valid_{name}"] for name in names} == valid
     assert valid["perplexity"] == pytest.approx(np.exp(valid["loss"]))
