@@ -43,10 +43,10 @@ CROSSOVERS = {
     ),
     "gpu": Crossover(
         2048,
-        "H200, jax 0.11.2, bfloat16, H = 64, forward and backward pass by mosaic_gpu: the "
-        "expectation's time is 1.92 times the buckets' at 4,096, 6.0 at 16,384 "
-        "(benchmarks/results/bucketed.json); it was 1.23 times at 2,048, and 1.96 and 6.2 at "
-        "those, when codes were kept for the backward pass",
+        "H100, jax 0.11.2, bfloat16, H = 64, forward and backward pass by mosaic_gpu: the "
+        "expectation's time is 1.83 times the buckets' at 4,096, 5.5 at 16,384 "
+        "(benchmarks/results/bucketed.json); on an H200 1.92 and 6.0, and 1.23 at 2,048 when "
+        "codes were kept for the backward pass",
     ),
     # Not measured: to be replaced when it is.
     "tpu": Crossover(4096, "a cautious guess"),
