@@ -12,7 +12,7 @@ from yoso_jax.kernels import xla
 from yoso_jax.kernels.codes import hash_codes
 from yoso_jax.kernels.mosaic_gpu import buckets, lane_numpy
 from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
-from yoso_jax.kernels.mosaic_gpu.collision_polynomial import collision_polynomial
+from yoso_jax.kernels.mosaic_gpu.collision_chain import collision_chain
 from yoso_jax.kernels.mosaic_gpu.lane import Program
 from yoso_jax.kernels.mosaic_gpu.sorting import TILE, Words
 
@@ -21,7 +21,8 @@ RNG = jax.random.key(3)
 
 @pytest.mark.parametrize("columns", [16, 48, 64])
 @pytest.mark.parametrize("count", [1, 40, 64])
-def test_tokens_are_gathered_and_scattered(columns, count):
+@pytest.mark.parametrize("by_column", [False, True])
+def test_tokens_are_gathered_and_scattered(columns, count, by_column):
     """Of one head of two: what is gathered in sorted order is scattered to where it was."""
     num_tokens, heads = 100, 2
     layout = Words(num_tokens, 3)
@@ -50,6 +51,7 @@ def test_tokens_are_gathered_and_scattered(columns, count):
             count=lane.i32(count),
             stride=heads,
             layout=layout,
+            by_column=by_column,
         )
         lane.commit_copies()
         lane.wait_for_copies(0)
@@ -65,6 +67,8 @@ def test_tokens_are_gathered_and_scattered(columns, count):
     scattered, known = lane_numpy.call(program, words, tokens, scales)
     # Rows beyond the count repeat the last one, in no bucket.
     rows = np.minimum(np.arange(TILE), count - 1)
+    if by_column:
+        known = np.asarray(tiles.from_column_order(jnp.asarray(known)))
     np.testing.assert_array_equal(known[0].view(np.float32), scales[order[rows]])
     np.testing.assert_array_equal(known[1], np.where(np.arange(TILE) < count, groups, -1))
     takes_part = groups < layout.nowhere
@@ -84,10 +88,8 @@ def test_weights_of_a_tile(exponent, has_products, unchecked_shapes):
     column_lengths = np.exp(rng.uniform(-1, 1, 32)).astype(np.float32)
     cosine, products = rng.uniform(-0.7, 0.7, (64, 32)), rng.standard_normal((64, 32))
     row_buckets, column_buckets = (rng.integers(3, size=n).astype(np.int32) for n in (64, 32))
-    polynomial = collision_polynomial(exponent)
-    rows = np.stack(
-        [row_buckets.view(np.float32), *tiles.row_values(jnp.asarray(lengths), polynomial)]
-    )
+    chain = collision_chain(exponent)
+    rows = np.stack([row_buckets.view(np.float32), *tiles.row_values(jnp.asarray(lengths), chain)])
     scores = cosine * lengths[:, None] * column_lengths
 
     def body(lane, inputs, outputs, shared, _):
@@ -118,7 +120,7 @@ def test_weights_of_a_tile(exponent, has_products, unchecked_shapes):
             own,
             shared,
             shared.at(128),
-            polynomial,
+            chain,
         )
         for each, (_, r, _), value in zip(column, place, out, strict=True):
             outputs[0].at(each * 64 + first, 4).store([lane.bitcast_i32(value)], 32 * r)
@@ -129,8 +131,7 @@ def test_weights_of_a_tile(exponent, has_products, unchecked_shapes):
     (out,) = lane_numpy.call(
         program,
         *(np.ascontiguousarray(x, np.float32) for x in args),
-        -1 / column_lengths,
-        column_buckets,
+        *(np.asarray(tiles.in_column_order(x)) for x in (-1 / column_lengths, column_buckets)),
         rows,
     )
     expected = (1 - np.arccos(cosine) / np.pi) ** exponent

@@ -543,7 +543,7 @@ def test_gpu_under_transformations(exact_products, backward):
     assert_equal([x[0] for x in jax.jit(jax.vmap(grad))(*stacked)])
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     # Without checks all of them are lowered as the others are.
-    for check_vma in (True, False) if options.get("backward") == "sampled" else (True,):
+    for check_vma in (True, False) if backward == "sampled" else (True,):
         mapped = jax.shard_map(
             grad, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=check_vma
         )

@@ -12,7 +12,7 @@ import pytest
 from yoso_jax import yoso_attention
 from yoso_jax.kernels.mosaic_gpu import expectation, expectation_backward, hopper, lane_numpy
 from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
-from yoso_jax.kernels.mosaic_gpu.collision_polynomial import collision_polynomial
+from yoso_jax.kernels.mosaic_gpu.collision_chain import collision_chain
 from yoso_jax.kernels.mosaic_gpu.lane import Program
 
 
@@ -25,7 +25,7 @@ def test_probabilities_of_a_tile(hash_code_len):
     cosine = rng.uniform(-1, 1, (64, 32))
     cosine[:8, :4], cosine[8:16, 4:8], cosine[16:24] = 1, -1, 0
     products = (cosine * lengths[:, None] / -scales).astype(np.float32)
-    rows = np.stack(tiles.row_values(jnp.asarray(lengths), collision_polynomial(hash_code_len)))
+    rows = np.stack(tiles.row_values(jnp.asarray(lengths), collision_chain(hash_code_len)))
 
     def body(lane, inputs, outputs, shared, block):
         thread = lane.thread_id()
@@ -43,12 +43,9 @@ def test_probabilities_of_a_tile(hash_code_len):
         column = [lane.i32(8 * j + c) + (thread & 3) * 2 for j, _, c in place]
         values = [load(inputs[0], each, r) for each, (_, r, _) in zip(column, place, strict=True)]
         mine = [[load(inputs[2], lane.i32(i), r) for r in range(2)] for i in range(len(rows))]
-        constant = collision_polynomial(hash_code_len).coefficients[0]
-        out = [
-            x
-            for piece, _ in tiles.probabilities(lane, values, mine, shared, constant)
-            for x in piece
-        ]
+        chain = collision_chain(hash_code_len)
+        pieces = tiles.probabilities(lane, values, mine, shared, chain)
+        out = [x for piece, _ in pieces for x in piece]
         for each, (_, r, _), value in zip(column, place, out, strict=True):
             pointer = outputs[0].at(each * 64 + first, 4)
             pointer.store([lane.bitcast_i32(value)], 32 * r)
@@ -59,7 +56,8 @@ def test_probabilities_of_a_tile(hash_code_len):
     )
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
-        (out,) = lane_numpy.call(program, np.ascontiguousarray(products.T), scales, rows)
+        ordered = np.asarray(tiles.in_column_order(jnp.asarray(scales)))
+        (out,) = lane_numpy.call(program, np.ascontiguousarray(products.T), ordered, rows)
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
     probability = (1 - np.arccos(cosine) / np.pi) ** hash_code_len
@@ -69,6 +67,27 @@ def test_probabilities_of_a_tile(hash_code_len):
     assert (error <= (1.5e-3 * probability + 1e-6))[np.abs(cosine) < 0.7].all()
     assert (error <= 1e-2)[cosine > 0].all()
     assert (error <= 0.13).all()
+
+
+def test_the_order_of_columns():
+    columns = jnp.arange(48)
+    ordered = np.asarray(tiles.in_column_order(columns))
+    np.testing.assert_array_equal(tiles.from_column_order(jnp.asarray(ordered)), columns)
+    # Of a thread those of two groups of eight columns lie together.
+    np.testing.assert_array_equal(ordered[20:24], [18, 19, 26, 27])
+    places = [tiles.place_of_column(i) for i in range(48)]
+    np.testing.assert_array_equal(ordered[places], columns)
+
+
+@pytest.mark.parametrize("num_queries", [8, 64, 100, 128, 192, 256, 320, 384, 1000, 4096])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256)])
+def test_items_cover_all_queries(num_queries, dims):
+    plan = expectation.Plan(2, 3, num_queries, 512, *dims, 9, False, True)
+    whole, short = plan.items
+    units = whole * plan.warpgroups + short * max(plan.warpgroups - 1, 1)
+    # Only where there are fewer units than warpgroups do some have none.
+    assert plan.units <= units <= plan.units + (plan.units < plan.warpgroups)
+    assert 1 <= plan.num_blocks <= plan.num_items
 
 
 def normal(shape, num_keys, value_dim, dtype):
@@ -165,7 +184,7 @@ def test_cases_have_all_plans():
     """All there are of what decides which code is generated, but for widths and lengths."""
 
     def forward(head_dim, value_dim):
-        plan = expectation.Plan(1, 1, 128, 128, head_dim, value_dim, 9, True)
+        plan = expectation.Plan(1, 1, 128, 128, head_dim, value_dim, 9, False, True)
         return {(plan.block_keys, plan.warpgroups, plan.stages)}
 
     def backward(head_dim, value_dim, deterministic, with_value):
@@ -198,9 +217,9 @@ def test_cases_have_all_plans():
 @pytest.mark.parametrize("value_dim", [16, 64, 80, 128, 256])
 def test_plans_fit(head_dim, value_dim):
     limit = 227 * 1024
-    plan = expectation.Plan(1, 1, 512, 512, head_dim, value_dim, 9, True)
+    plan = expectation.Plan(1, 1, 512, 512, head_dim, value_dim, 9, False, True)
     token = 2 * (head_dim + value_dim)
-    used = plan.block_queries * token + plan.stages * plan.block_keys * (token + 4)
+    used = plan.warpgroups * tiles.ROWS * token + plan.stages * plan.block_keys * (token + 4)
     assert plan.stages >= 2
     assert used + 1024 <= limit
     for part in range(4):

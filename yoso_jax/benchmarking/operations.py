@@ -102,11 +102,15 @@ class Attention(HeadsBenchmark):
     """Time forward and backward pass together."""
     mask_fraction: float = 0.0
     """Part of each sequence that is padding."""
+    num_backward_hashes: int | None = None
+    """Hashes whose buckets give the gradients; by default what the operation takes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.mask_fraction < 1:
             raise ConfigError(f"--mask-fraction must be in [0, 1), got {self.mask_fraction}")
+        if self.num_backward_hashes is not None and self.num_backward_hashes < 1:
+            raise ConfigError(f"--num-backward-hashes must be >= 1, got {self.num_backward_hashes}")
 
     def cases(self) -> Iterator[Case]:
         """Each n, implementation and, where there are hashes, m."""
@@ -180,6 +184,9 @@ class Attention(HeadsBenchmark):
                     mask,
                     hash_code_len=self.hash_code_len,
                     backward=_backward(name),
+                    num_backward_hashes=(
+                        self.num_backward_hashes if name.endswith("_bucketed") else None
+                    ),
                     # As in training: what gradients take depends on it.
                     normalize=name.endswith(("_mixed", "_bucketed")),
                     implementation=implementation,

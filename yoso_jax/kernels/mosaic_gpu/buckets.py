@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from yoso_jax.kernels import xla
 from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
 from yoso_jax.kernels.mosaic_gpu import sorting
-from yoso_jax.kernels.mosaic_gpu.collision_polynomial import Polynomial, collision_polynomial
+from yoso_jax.kernels.mosaic_gpu.collision_chain import Chain, collision_chain
 from yoso_jax.kernels.mosaic_gpu.lane import (
     F32,
     I32,
@@ -147,6 +147,7 @@ def gather(
     count: I32,
     stride: int,
     layout: Words,
+    by_column: bool,
 ) -> None:
     """Starts to copy what belongs to the tokens of a tile, and stores their buckets.
 
@@ -160,6 +161,7 @@ def gather(
       count: words that count, at least 1. Later rows repeat the last of them, in bucket -1.
       stride: columns of all heads of a token, by columns of a head.
       layout: of the words.
+      by_column: numbers and buckets are in the order of `tiles.in_column_order`.
     """
     thread = lane.thread_id() & (WARPGROUP - 1)
 
@@ -176,9 +178,10 @@ def gather(
     known, copies = numbers
     with lane.when(thread < TILE):
         word = word_at(thread)
-        copies.at(thread, 4).start_copy(known.at(layout.token(word), 4), 4)
+        place = tiles.place_of_column(thread) if by_column else thread
+        copies.at(place, 4).start_copy(known.at(layout.token(word), 4), 4)
         bucket = lane.select(thread < count, layout.bucket(word), lane.i32(-1))
-        buckets.at(thread, 4).store([bucket])
+        buckets.at(place, 4).store([bucket])
 
 
 def scatter(
@@ -224,7 +227,7 @@ def weights(
     row_buckets: list[F32],
     scales: SharedPointer,
     buckets: SharedPointer,
-    polynomial: Polynomial,
+    chain: Chain,
 ) -> list[F32]:
     """What a thread has of the weights of a tile.
 
@@ -237,31 +240,28 @@ def weights(
       products: products of their rows; None for ones.
       rows: of the two rows, what `tiles.row_values` gives.
       row_buckets: the buckets of the two rows.
-      scales: to -1 / length of the columns.
-      buckets: to the buckets of the columns.
-      polynomial: of the power of the collision probability.
+      scales: to -1 / length of the columns, in their order in `tiles.in_column_order`.
+      buckets: to the buckets of the columns, in the same order.
+      chain: of the power of the collision probability.
     """
-    constant, *others = polynomial.coefficients
-    mine = scales.at(lane.thread_id() & 3, 8)
-    if others:
-        pieces = list(tiles.probabilities(lane, scores, rows, scales, constant))
+    places = range(len(scores))
+    if chain.steps:
+        pieces = list(tiles.probabilities(lane, scores, rows, scales, chain))
         factors = [factor for piece, _ in pieces for factor in piece]
         column_scales = [scale for _, piece in pieces for scale in piece]
     else:
         factors = [lane.f32(1)] * len(scores)
-        columns = [mine.load(2, 32 * i) for i in range(len(scores) // 4)]
-        column_scales = [lane.bitcast_f32(columns[i // 4][i % 2]) for i in range(len(scores))]
+        column_scales = [lane.bitcast_f32(x) for x in tiles.of_columns(lane, scales, places)]
     if products is not None:
         factors = [
             factor * scale * product
             for factor, scale, product in zip(factors, column_scales, products, strict=True)
         ]
     own = [lane.bitcast_i32(each) for each in row_buckets]
-    mine = buckets.at(lane.thread_id() & 3, 8)
-    others = [mine.load(2, 32 * i) for i in range(len(scores) // 4)]
+    others = tiles.of_columns(lane, buckets, places)
     return [
-        lane.select(own[i // 2 % 2] == others[i // 4][i % 2], factor, lane.f32(0))
-        for i, factor in enumerate(factors)
+        lane.select(own[i // 2 % 2] == other, factor, lane.f32(0))
+        for i, (other, factor) in enumerate(zip(others, factors, strict=True))
     ]
 
 
@@ -272,13 +272,12 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from yoso_jax.kernels.mosaic_gpu.lane_mosaic import MosaicLane
-    from yoso_jax.kernels.mosaic_gpu.registers import read_registers, write_registers
+    from yoso_jax.kernels.mosaic_gpu.registers import read_registers, write_words
 
     warpgroups, layout = plan.warpgroups, plgpu.Layout.WGMMA
     row_layout = layout.reduce(1)
     scalar = plgpu.Layout.WG_SPLAT(())
-    polynomial = collision_polynomial(plan.exponent, coarse=True)
-    num_row_values = len(polynomial.coefficients)
+    chain = collision_chain(plan.exponent)
     plain = plgpu.RefType()
 
     def tile_type(columns: int) -> Any:
@@ -298,7 +297,7 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
 
         return start
 
-    def make_gather(words_layout: Words) -> Any:
+    def make_gather(words_layout: Words, *, by_column: bool) -> Any:
         tile_types = tile_type(plan.head_dim), tile_type(plan.value_dim)
 
         @plgpu.inline_mgpu(arg_types=(*[plain] * 4, *tile_types, plain, plain, *[scalar] * 5))
@@ -327,12 +326,14 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
                 count=count,
                 stride=plan.heads,
                 layout=words_layout,
+                by_column=by_column,
             )
 
         return start
 
     copy_row_words, copy_column_words = map(make_copy_words, (plan.layout, plan.other_layout))
-    gather_rows, gather_columns = map(make_gather, (plan.layout, plan.other_layout))
+    gather_rows = make_gather(plan.layout, by_column=False)
+    gather_columns = make_gather(plan.other_layout, by_column=True)
 
     @plgpu.inline_mgpu()
     def wait_for_copies(_: Any) -> None:
@@ -360,7 +361,7 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
     num_products = 1 if plan.sums_rows else 2
 
     @plgpu.inline_mgpu(
-        arg_types=(*[layout] * num_products, plain, plain, *[row_layout] * (num_row_values + 1)),
+        arg_types=(*[layout] * num_products, plain, plain, *[row_layout] * 3),
         return_type=plgpu.ShapeDtypeStruct((TILE, TILE), dtype, layout=layout),
     )
     def weigh(_: Any, *args: Any) -> Any:
@@ -376,9 +377,9 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
             row_buckets,
             lane.shared_pointer(scales),
             lane.shared_pointer(buckets),
-            polynomial,
+            chain,
         )
-        return write_registers(lane.pack(values, dtype), scores, dtype)
+        return write_words(lane.pack(values, dtype), scores, dtype)
 
     def bucket_sums(
         tokens: Any,
@@ -502,7 +503,7 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
                 mine = two(number)
                 length = plgpu.load(length_tiles.at[mine], layout=row_layout, optimized=False)
                 buckets = plgpu.load(bucket_tiles.at[mine], layout=row_layout, optimized=False)
-                row_values = tiles.row_values(length, polynomial)
+                row_values = tiles.row_values(length, chain)
 
                 def add_up(sums: Any) -> Any:
                     @pl.loop(0, steps)

@@ -1,9 +1,12 @@
 """`E v` on tensor cores: exact collision probabilities by tiles, in memory linear in the tokens.
 
-A block of threads takes 64 queries for each of its compute warpgroups and goes through all keys,
-which a warpgroup of its own loads with their values (TMA). A compute warpgroup multiplies its
-queries with a tile of keys while it multiplies the probabilities of the tile before with values;
-then it evaluates the probabilities of this tile while others multiply.
+A block of threads takes 64 queries of a head for each of its compute warpgroups and goes through
+all keys, which a warpgroup of its own loads with their values (TMA); then it takes other queries,
+perhaps of another head. A compute warpgroup multiplies its queries with a tile of keys. While it
+evaluates the probabilities of these, it multiplies those of the tile before with values.
+
+There is a block for each multiprocessor: what the next queries need is loaded while the last
+results are written, and warpgroups do not wait for each other to begin.
 """
 
 import dataclasses
@@ -18,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 
 from yoso_jax.kernels import xla
 from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
-from yoso_jax.kernels.mosaic_gpu.collision_polynomial import collision_polynomial
+from yoso_jax.kernels.mosaic_gpu.collision_chain import collision_chain
 from yoso_jax.kernels.mosaic_gpu.expectation_hardware import Hopper, Interpreted
 from yoso_jax.kernels.mosaic_gpu.expectation_tiles import ROWS
 
@@ -27,6 +30,8 @@ _SHARED_BYTES = 223 * 1024
 _MAX_STAGES = 4
 # Rows are divided by no less.
 _EPS = 1e-12
+# Of an H100 or H200.
+_MULTIPROCESSORS = 132
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Plan:
       head_dim: H, a multiple of 16.
       value_dim: D, a multiple of 16.
       hash_code_len: bits of a code.
+      has_query_mask: whether some queries may not attend.
       normalize: whether rows of the result are normalised.
     """
 
@@ -51,6 +57,7 @@ class Plan:
     head_dim: int
     value_dim: int
     hash_code_len: int
+    has_query_mask: bool
     normalize: bool
 
     @property
@@ -66,139 +73,228 @@ class Plan:
         return 2 if self.head_dim + self.value_dim <= 384 else 1
 
     @property
-    def block_queries(self) -> int:
-        """Queries of a block."""
-        return ROWS * self.warpgroups
+    def units(self) -> int:
+        """Warpgroups that the queries of a head are for."""
+        return -(-self.num_queries // ROWS)
 
     @property
-    def query_blocks(self) -> int:
-        """Blocks of a head."""
-        return -(-self.num_queries // self.block_queries)
+    def items(self) -> tuple[int, int]:
+        """Into how many pieces the queries of a head are cut: whole ones, one unit shorter ones.
+
+        The last unit alone would take a block as long as a whole piece.
+        """
+        short = -self.units % self.warpgroups
+        whole = (self.units - short * (self.warpgroups - 1)) // self.warpgroups
+        if whole < 0:
+            return 0, -(-self.units // (self.warpgroups - 1))
+        return whole, short
+
+    @property
+    def num_items(self) -> int:
+        """Pieces of all heads."""
+        return self.batch * self.heads * sum(self.items)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks, each of which takes a piece after another."""
+        return min(_MULTIPROCESSORS, self.num_items)
 
     @property
     def stages(self) -> int:
         """Tiles of keys and values in shared memory."""
         token_bytes = 2 * (self.head_dim + self.value_dim)
-        free = _SHARED_BYTES - self.block_queries * token_bytes
+        free = _SHARED_BYTES - ROWS * self.warpgroups * token_bytes
         return min(_MAX_STAGES, free // (self.block_keys * (token_bytes + 4)))
 
 
 def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[Array]]:
-    """Of query, key, value, query lengths, key scales and ends."""
+    """Of query, key, value, key scales, ends and perhaps a mask of queries."""
     # These load JAX's GPU dialects.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     keys, stages, warpgroups = plan.block_keys, plan.stages, plan.warpgroups
     row = plgpu.Layout.WGMMA.reduce(1)
-    polynomial = collision_polynomial(plan.hash_code_len)
-    hardware = (Interpreted if interpret else Hopper)(dtype, keys, polynomial, warpgroups)
+    chain = collision_chain(plan.hash_code_len)
+    hardware = (Interpreted if interpret else Hopper)(dtype, keys, chain, warpgroups)
 
     def attend(
         query: Any,
         key: Any,
         value: Any,
-        lengths: Any,
         scales: Any,
         ends: Any,
-        out: Any,
-        *refs: Any,
+        *results_and_scratch: Any,
     ) -> None:
-        norms, refs = (refs[0], refs[1:]) if plan.normalize else (None, refs)
+        refs = list(results_and_scratch)
+        query_mask = refs.pop(0) if plan.has_query_mask else None
+        out = refs.pop(0)
+        norms = refs.pop(0) if plan.normalize else None
         query_tiles, out_tiles, norm_tiles, key_tiles, scale_tiles, value_tiles, *rest = refs
         *staging, query_loaded, key_loaded, value_loaded, key_used, value_used = rest
         warpgroup = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
-        head, block = lax.div(block, plan.query_blocks), lax.rem(block, plan.query_blocks)
-        batch, n = lax.div(head, plan.heads), lax.rem(head, plan.heads)
-        first_query = block * plan.block_queries
-        # At least one, of zeros if nothing takes part: a result must be written.
-        steps = jnp.maximum(lax.div(ends[2 * batch + 1] + keys - 1, keys), 1)
-        steps = jnp.where(first_query < ends[2 * batch], steps, 1)
+        num_items = lax.div(plan.num_items - block + plan.num_blocks - 1, plan.num_blocks)
+
+        def item(number: Any) -> tuple[Any, Any, Any, Any]:
+            """Head, unit of the first warpgroup, units and tiles of keys of a block's item."""
+            whole, short = plan.items
+            i = block + number * plan.num_blocks
+            # The short ones come last, when some blocks have nothing else to do.
+            j = i - plan.batch * plan.heads * whole
+            is_whole = j < 0
+            head = jnp.where(is_whole, lax.div(i, max(whole, 1)), lax.div(j, max(short, 1)))
+            place = jnp.where(is_whole, lax.rem(i, max(whole, 1)), lax.rem(j, max(short, 1)))
+            size = jnp.where(is_whole, warpgroups, max(warpgroups - 1, 1))
+            unit = place * size + jnp.where(is_whole, 0, whole * warpgroups)
+            batch = lax.div(head, plan.heads)
+            # At least one, of zeros if nothing takes part: a result must be written.
+            steps = jnp.maximum(lax.div(ends[2 * batch + 1] + keys - 1, keys), 1)
+            steps = jnp.where(unit * ROWS < ends[2 * batch], steps, 1)
+            return head, unit, jnp.minimum(size, plan.units - unit), steps
 
         @pl.when(warpgroup == warpgroups)
         def _() -> None:
             plgpu.set_max_registers(24, action="decrease")
 
-            @pl.loop(0, steps)
-            def _(step: Any) -> None:
-                i, rows = lax.rem(step, stages), pl.ds(step * keys, keys)
+            def load_item(number: Any, first: Any) -> Any:
+                head, _, _, steps = item(number)
+                batch, n = lax.div(head, plan.heads), lax.rem(head, plan.heads)
 
-                @pl.when(step >= stages)
-                def _() -> None:
-                    plgpu.barrier_wait(key_used.at[i])
+                @pl.loop(0, steps)
+                def _(step: Any) -> None:
+                    i, rows = lax.rem(first + step, stages), pl.ds(step * keys, keys)
+                    refill = first + step >= stages
 
-                plgpu.copy_gmem_to_smem(key.at[batch, rows, n], key_tiles.at[i], key_loaded.at[i])
-                plgpu.copy_gmem_to_smem(scales.at[head, rows], scale_tiles.at[i], key_loaded.at[i])
+                    @pl.when(refill)
+                    def _() -> None:
+                        plgpu.barrier_wait(key_used.at[i])
 
-                @pl.when(step >= stages)
-                def _() -> None:
-                    plgpu.barrier_wait(value_used.at[i])
+                    loaded = key_loaded.at[i]
+                    plgpu.copy_gmem_to_smem(key.at[batch, rows, n], key_tiles.at[i], loaded)
+                    plgpu.copy_gmem_to_smem(scales.at[head, rows], scale_tiles.at[i], loaded)
 
-                plgpu.copy_gmem_to_smem(
-                    value.at[batch, rows, n], value_tiles.at[i], value_loaded.at[i]
-                )
+                    @pl.when(refill)
+                    def _() -> None:
+                        plgpu.barrier_wait(value_used.at[i])
 
+                    plgpu.copy_gmem_to_smem(
+                        value.at[batch, rows, n], value_tiles.at[i], value_loaded.at[i]
+                    )
+
+                return first + steps
+
+            steps = lax.fori_loop(0, num_items, load_item, jnp.int32(0))
             hardware.observe(key_used, steps - stages, steps)
-            hardware.observe(value_used, steps - stages, steps - 1)
+            hardware.observe(value_used, steps - stages, steps)
 
         @pl.when(warpgroup < warpgroups)
         def _() -> None:
             plgpu.set_max_registers(160 if warpgroups == 3 else 240, action="increase")
-            rows = pl.ds(first_query + warpgroup * ROWS, ROWS)
             mine = query_tiles.at[warpgroup]
-            plgpu.copy_gmem_to_smem(query.at[batch, rows, n], mine, query_loaded.at[warpgroup])
-            length = plgpu.load(lengths.at[head, rows], layout=row, optimized=False)
-            attends = length > 0
-            length = jnp.where(attends, length, 1)
-            row_values = tiles.row_values(length, polynomial)
-            plgpu.barrier_wait(query_loaded.at[warpgroup])
 
-            def go(sums: Any) -> Any:
-                def add(step: Any, taken: Any) -> None:
-                    hardware.multiply(sums, taken, value_tiles.at[lax.rem(step, stages)], staging)
+            def load_queries(number: Any) -> None:
+                head, unit, units, _ = item(jnp.minimum(number, num_items - 1))
+                batch, n = lax.div(head, plan.heads), lax.rem(head, plan.heads)
 
-                def take(step: Any, before: Any) -> Any:
-                    """The weights of a tile; those before are multiplied with values."""
-                    i = lax.rem(step, jnp.int32(stages))
+                @pl.when((number < num_items) & (warpgroup < units))
+                def _() -> None:
+                    rows = pl.ds((unit + warpgroup) * ROWS, ROWS)
+                    loaded = query_loaded.at[warpgroup]
+                    plgpu.copy_gmem_to_smem(query.at[batch, rows, n], mine, loaded)
 
-                    def multiply(scores: Any) -> Any:
-                        if before is not None:
+            def attend_item(number: Any, head: Any, unit: Any, steps: Any, first: Any) -> None:
+                batch, n = lax.div(head, plan.heads), lax.rem(head, plan.heads)
+                rows = pl.ds((unit + warpgroup) * ROWS, ROWS)
+                attends = None
+                if query_mask is not None:
+                    attends = plgpu.load(query_mask.at[batch, rows], layout=row, optimized=False)
+                    attends = attends > 0
+                plgpu.barrier_wait(query_loaded.at[warpgroup])
+                queries = plgpu.load(mine, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                lengths = tiles.lengths_of(jnp.sum(queries * queries, axis=1))
+                row_values = tiles.row_values(lengths, chain)
+
+                def go(sums: Any) -> Any:
+                    def add(step: Any, taken: Any) -> None:
+                        i = lax.rem(first + step, stages)
+                        plgpu.barrier_wait(value_loaded.at[i])
+                        hardware.multiply(sums, taken, value_tiles.at[i], staging)
+
+                    def take(step: Any, before: Any) -> Any:
+                        """The weights of a tile; those before are multiplied with values."""
+                        i = lax.rem(first + step, jnp.int32(stages))
+
+                        def multiply(scores: Any) -> Any:
+                            plgpu.wgmma(scores, mine, key_tiles.at[i].T)
+                            if before is None:
+                                return scores[...]
                             add(step - 1, before)
-                        plgpu.wgmma(scores, mine, key_tiles.at[i].T)
-                        return scores[...]
+                            return plgpu.wgmma_accumulator_load(scores, wait_n=1)
 
-                    plgpu.barrier_wait(key_loaded.at[i])
-                    if before is not None:
-                        plgpu.barrier_wait(value_loaded.at[lax.rem(step - 1, stages)])
-                    scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, keys), jnp.float32))
-                    if before is not None:
-                        plgpu.barrier_arrive(value_used.at[lax.rem(step - 1, stages)])
-                    taken = hardware.weigh(scores, scale_tiles.at[i], row_values)
-                    plgpu.barrier_arrive(key_used.at[i])
-                    return taken
+                        plgpu.barrier_wait(key_loaded.at[i])
+                        scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, keys), jnp.float32))
+                        weights = hardware.weigh(scores, scale_tiles.at[i], row_values)
+                        plgpu.barrier_arrive(key_used.at[i])
+                        if before is not None:
+                            # In registers of the weights before, so not earlier.
+                            plgpu.wgmma_wait(0)
+                            plgpu.barrier_arrive(value_used.at[lax.rem(first + step - 1, stages)])
+                        return weights.astype(dtype)
 
-                taken = lax.fori_loop(1, steps, take, take(jnp.int32(0), None))
-                plgpu.barrier_wait(value_loaded.at[lax.rem(steps - 1, stages)])
-                add(steps - 1, taken)
-                return sums[...]
+                    taken = lax.fori_loop(1, steps, take, take(jnp.int32(0), None))
+                    load_queries(number + 1)
+                    add(steps - 1, taken)
+                    return sums[...]
 
-            sums = pl.run_scoped(go, plgpu.ACC((ROWS, plan.value_dim), jnp.float32))
-            if plan.normalize:
-                norm = jnp.where(attends, jnp.sqrt(jnp.sum(sums * sums, axis=1)), 0)
-                norm_tiles[warpgroup] = norm
-                factor = 1 / jnp.maximum(norm, _EPS)
-                sums = sums * lax.broadcast_in_dim(factor, sums.shape, [0])
-            sums = jnp.where(lax.broadcast_in_dim(attends, sums.shape, [0]), sums, 0)
-            out_tiles[warpgroup] = sums.astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_tiles.at[warpgroup], out.at[batch, rows, n])
-            if norms is not None:
-                plgpu.copy_smem_to_gmem(norm_tiles.at[warpgroup], norms.at[head, rows])
+                sums = pl.run_scoped(go, plgpu.ACC((ROWS, plan.value_dim), jnp.float32))
+                plgpu.barrier_arrive(value_used.at[lax.rem(first + steps - 1, stages)])
+                # Results before are written.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                if plan.normalize:
+                    norm = jnp.sqrt(jnp.sum(sums * sums, axis=1))
+                    norm = norm if attends is None else jnp.where(attends, norm, 0)
+                    norm_tiles[warpgroup] = norm
+                    factor = 1 / jnp.maximum(norm, _EPS)
+                    sums = sums * lax.broadcast_in_dim(factor, sums.shape, [0])
+                if attends is not None:
+                    sums = jnp.where(lax.broadcast_in_dim(attends, sums.shape, [0]), sums, 0)
+                out_tiles[warpgroup] = sums.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_tiles.at[warpgroup], out.at[batch, rows, n])
+                if norms is not None:
+                    plgpu.copy_smem_to_gmem(norm_tiles.at[warpgroup], norms.at[head, rows])
+
+            def pass_item(number: Any, steps: Any, first: Any) -> None:
+                """What others wait for, of a warpgroup that has no queries."""
+                load_queries(number + 1)
+
+                @pl.loop(0, steps)
+                def _(step: Any) -> None:
+                    i = lax.rem(first + step, stages)
+                    for loaded, used in ((key_loaded, key_used), (value_loaded, value_used)):
+                        plgpu.barrier_wait(loaded.at[i])
+                        plgpu.barrier_arrive(used.at[i])
+
+            def take_item(number: Any, first: Any) -> Any:
+                head, unit, units, steps = item(number)
+
+                @pl.when(warpgroup < units)
+                def _() -> None:
+                    attend_item(number, head, unit, steps, first)
+
+                @pl.when(warpgroup >= units)
+                def _() -> None:
+                    pass_item(number, steps, first)
+
+                return first + steps
+
+            load_queries(jnp.int32(0))
+            lax.fori_loop(0, num_items, take_item, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
     heads = plan.batch * plan.heads
-    queries = plan.query_blocks * plan.block_queries
+    queries = plan.units * ROWS
     out = jax.ShapeDtypeStruct((plan.batch, plan.num_queries, plan.heads, plan.value_dim), dtype)
     norms = jax.ShapeDtypeStruct((heads, queries), jnp.float32)
     return plgpu.kernel(
@@ -218,7 +314,7 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
             plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
             plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         ],
-        grid=(heads * plan.query_blocks,),
+        grid=(plan.num_blocks,),
         grid_names=("block",),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
@@ -258,7 +354,6 @@ def attend(
     num_keys, value_dim = value.shape[1], value.shape[-1]
     ends = tiles.ends_of(query_mask, query, key_mask, key)
     key, value = xla.mask_tokens(key, key_mask), xla.mask_tokens(value, key_mask)
-    lengths = tiles.masked_lengths(tiles.token_lengths(query), query_mask, heads)
     scales = -1 / tiles.token_lengths(key)
     query, key, value = tiles.pad(query), tiles.pad(key), tiles.pad(value)
     plan = Plan(
@@ -269,12 +364,16 @@ def attend(
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
         hash_code_len=hash_code_len,
+        has_query_mask=query_mask is not None,
         normalize=normalize,
     )
-    lengths = tiles.pad_to(lengths, plan.query_blocks * plan.block_queries)
     scales = tiles.pad_to(scales, -(-num_keys // plan.block_keys) * plan.block_keys)
+    scales = tiles.in_column_order(scales)
     kernel = _kernel(plan, np.dtype(value.dtype), interpret)
-    out, *norms = kernel(query, key, value, lengths, scales, ends)
+    arguments = [query, key, value, scales, ends]
+    if query_mask is not None:
+        arguments.append(tiles.pad_to(query_mask.astype(jnp.float32), plan.units * ROWS))
+    out, *norms = kernel(*arguments)
     out = out[:, :num_queries, :, :value_dim]
     if not normalize:
         return out, None

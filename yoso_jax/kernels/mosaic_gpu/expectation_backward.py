@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float
 
 from yoso_jax.kernels import xla
 from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
-from yoso_jax.kernels.mosaic_gpu.collision_polynomial import collision_polynomial
+from yoso_jax.kernels.mosaic_gpu.collision_chain import collision_chain
 from yoso_jax.kernels.mosaic_gpu.expectation_hardware import Hopper, Interpreted
 from yoso_jax.kernels.mosaic_gpu.expectation_tiles import ROWS
 from yoso_jax.kernels.mosaic_gpu.tangents import add_tangents
@@ -142,9 +142,9 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
     with_query = plan.with_query and key_width > 0
     layout = plgpu.Layout.WGMMA
     row = layout.reduce(1)
-    polynomial = collision_polynomial(plan.hash_code_len)
+    chain = collision_chain(plan.hash_code_len)
     choice = Interpreted if interpret else Hopper
-    hardware = choice(dtype, plan.piece, polynomial, warpgroups)
+    hardware = choice(dtype, plan.piece, chain, warpgroups)
 
     def body(
         query: Any,
@@ -203,7 +203,7 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
             length = plgpu.load(lengths.at[head, rows], layout=row, optimized=False)
             attends = length > 0
             length = jnp.where(attends, length, 1)
-            row_values = tiles.row_values(length, polynomial)
+            row_values = tiles.row_values(length, chain)
             plgpu.barrier_wait(keys_loaded.at[warpgroup])
 
             def by_row(x: Any, width: int) -> Any:
@@ -461,7 +461,7 @@ def _gradients(
     padded_queries = -(-query.shape[1] // plan.block_keys) * plan.block_keys
     derived = [
         tiles.pad_to(tiles.masked_lengths(keys.lengths, keys.mask, heads), padded_keys),
-        tiles.pad_to(-1 / queries.lengths, padded_queries),
+        tiles.in_column_order(tiles.pad_to(-1 / queries.lengths, padded_queries)),
         tiles.ends_of(queries.mask, queries.tokens, keys.mask, keys.tokens),
     ]
     grad_keys, grad_values, sums = [], [], []

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array
 
 from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
-from yoso_jax.kernels.mosaic_gpu.collision_polynomial import Polynomial
+from yoso_jax.kernels.mosaic_gpu.collision_chain import Chain
 from yoso_jax.kernels.mosaic_gpu.expectation_tiles import ROWS
 from yoso_jax.kernels.mosaic_gpu.lane import I32, WARPGROUP
 
@@ -29,13 +29,13 @@ class Hardware(abc.ABC):
     Attributes:
       dtype: of probabilities, bfloat16 or float16.
       columns: of a tile of probabilities.
-      polynomial: its square is a probability.
+      chain: the probability of a distance.
       warpgroups: compute warpgroups of a block.
     """
 
     dtype: np.dtype
     columns: int
-    polynomial: Polynomial
+    chain: Chain
     warpgroups: int
 
     @property
@@ -49,11 +49,12 @@ class Hardware(abc.ABC):
 
     @abc.abstractmethod
     def weigh(self, scores: Any, scales: Any, row_values: list[Array]) -> Any:
-        """Probabilities.
+        """Probabilities, float32.
 
         Args:
           scores: q.k, float32.
-          scales: Ref to the float32 -1 / |k| of the columns, in shared memory.
+          scales: Ref to the float32 -1 / |k| of the columns, `tiles.in_column_order`, in shared
+            memory.
           row_values: what `expectation_tiles.row_values` gives.
         """
 
@@ -103,7 +104,7 @@ class Hopper(Hardware):
 
         @plgpu.inline_mgpu(
             arg_types=(layout, plgpu.RefType(), *[layout.reduce(1)] * len(row_values)),
-            return_type=plgpu.ShapeDtypeStruct((ROWS, self.columns), self.dtype, layout=layout),
+            return_type=plgpu.ShapeDtypeStruct((ROWS, self.columns), jnp.float32, layout=layout),
         )
         def weigh(_: Any, scores: Any, scales: Any, *row_arrays: Any) -> Any:
             lane = MosaicLane((self.warpgroups + 1) * WARPGROUP)
@@ -112,10 +113,9 @@ class Hopper(Hardware):
                 read_registers(lane, scores),
                 [read_registers(lane, each) for each in row_arrays],
                 lane.shared_pointer(scales),
-                self.polynomial.coefficients[0],
+                self.chain,
             )
-            words = [word for piece, _ in pieces for word in lane.pack(piece, self.dtype)]
-            return write_registers(words, scores, self.dtype)
+            return write_registers([x for piece, _ in pieces for x in piece], scores)
 
         return weigh(scores, scales, *row_values)
 
@@ -126,7 +126,7 @@ class Hopper(Hardware):
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
         from yoso_jax.kernels.mosaic_gpu.lane_mosaic import MosaicLane
-        from yoso_jax.kernels.mosaic_gpu.registers import read_registers, write_registers
+        from yoso_jax.kernels.mosaic_gpu.registers import read_registers, write_words
 
         layout = plgpu.Layout.WGMMA
         shape = plgpu.ShapeDtypeStruct((ROWS, self.columns), self.dtype, layout=layout)
@@ -144,7 +144,7 @@ class Hopper(Hardware):
                 read_registers(lane, scores),
                 [read_registers(lane, each) for each in row_arrays],
                 lane.shared_pointer(scales),
-                self.polynomial.coefficients[0],
+                self.chain,
             )
             others = iter(read_registers(lane, products))
             words: tuple[list[I32], list[I32]] = ([], [])
@@ -157,8 +157,8 @@ class Hopper(Hardware):
                 words[0].extend(lane.pack(weights, self.dtype))
                 words[1].extend(lane.pack(grads, self.dtype))
             return (
-                write_registers(words[0], scores, self.dtype),
-                write_registers(words[1], scores, self.dtype),
+                write_words(words[0], scores, self.dtype),
+                write_words(words[1], scores, self.dtype),
             )
 
         return weigh(scores, products, scales, *row_values)
@@ -196,27 +196,28 @@ class Interpreted(Hardware):
 
     @override
     def weigh(self, scores: Any, scales: Any, row_values: list[Array]) -> Any:
-        return self._probabilities(scores, scales, row_values).astype(self.dtype)
+        return self._probabilities(scores, scales, row_values)
 
     @override
     def weigh_gradients(
         self, scores: Any, products: Any, scales: Any, row_values: list[Array]
     ) -> tuple[Any, Any]:
         weights = self._probabilities(scores, scales, row_values)
-        grads = weights * (products * scales[...])
+        grads = weights * (products * tiles.from_column_order(scales[...]))
         return weights.astype(self.dtype), grads.astype(self.dtype)
 
     def _probabilities(self, scores: Array, scales: Any, row_values: list[Array]) -> Array:
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        lengths, *coefficients, last = (each[:, None] for each in row_values)
-        w = jnp.sqrt(jnp.abs(lengths + scores * scales[...]))
+        lengths, slopes = (each[:, None] for each in row_values)
+        scales = tiles.from_column_order(scales[...])
+        w = jnp.sqrt(jnp.abs(lengths + scores * scales))
         # What copies after the next barrier overwrite has been read; the interpreter must be told.
         plgpu.commit_smem()
-        root = last
-        for coefficient in reversed(coefficients):
-            root = root * w + coefficient
-        return jnp.square(root * w + np.float32(self.polynomial.coefficients[0]))
+        terms = [w * slopes + np.float32(self.chain.start)]
+        for factor, constant in self.chain.steps:
+            terms.append(terms[-1] * terms[factor] + np.float32(constant))
+        return terms[-1]
 
     @override
     def multiply(self, sums: Any, weights: Any, tile: Any, staging: list[Any]) -> None:

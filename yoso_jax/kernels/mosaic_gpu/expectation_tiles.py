@@ -1,9 +1,9 @@
 """What the forward and the backward kernel of the expectation share.
 
 With `w = sqrt(| |q| - q.k / |k| |)` the distance of unit vectors is `u = w / sqrt(|q|)`, and
-`p ** (hash_code_len / 2)` is a polynomial of w whose coefficients depend on the query alone:
-neither queries nor keys are normalised, or rounded once more. As the probability is symmetric, the
-backward kernel exchanges the roles of queries and keys.
+`collision_chain` is a chain of w whose first slope depends on the query alone: neither queries nor
+keys are normalised, or rounded once more. As the probability is symmetric, the backward kernel
+exchanges the roles of queries and keys.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +14,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from yoso_jax.kernels.mosaic_gpu.collision_polynomial import Polynomial
-from yoso_jax.kernels.mosaic_gpu.lane import F32, Lane, SharedPointer
+from yoso_jax.kernels.mosaic_gpu.collision_chain import Chain
+from yoso_jax.kernels.mosaic_gpu.lane import F32, I32, Lane, SharedPointer
 
 ROWS = 64
 """Rows of a warpgroup's matrix products."""
@@ -35,7 +35,7 @@ def probabilities(
     products: Sequence[F32],
     rows: Sequence[Sequence[F32]],
     scales: SharedPointer,
-    constant: float,
+    chain: Chain,
 ) -> Iterator[tuple[list[F32], list[F32]]]:
     """Collision probabilities of what a thread holds of a tile's matrix product, in pieces.
 
@@ -43,48 +43,77 @@ def probabilities(
       lane: a thread of a warpgroup.
       products: q.k, `[columns / 8, 2 rows, 2 columns]` flattened.
       rows: of the two rows, what `row_values` gives.
-      scales: to the float32 -1 / |k| of the columns.
-      constant: of the polynomial.
+      scales: to the float32 -1 / |k| of the columns, in their order in `in_column_order`.
+      chain: the probability of a distance.
 
     Yields:
       Probabilities, and the scales of their columns.
     """
-    lengths, *coefficients, last = rows
-    mine = scales.at(lane.thread_id() & 3, 8)
+    lengths, slopes = rows
     for first in range(0, len(products), _PIECE):
         # Step by step, so that neighbouring instructions do not wait for each other.
         places = range(first, min(first + _PIECE, len(products)))
-        columns = {i // 4: mine.load(2, i // 4 * 32) for i in places[::4]}
-        scale = [lane.bitcast_f32(columns[i // 4][i % 2]) for i in places]
+        scale = [lane.bitcast_f32(word) for word in of_columns(lane, scales, places)]
         row = [i // 2 % 2 for i in places]
         ws = [
             lane.sqrt_abs(lane.fma(products[i], each, lengths[r]))
             for i, each, r in zip(places, scale, row, strict=True)
         ]
-        roots = [last[r] for r in row]
-        for coefficient in reversed(coefficients):
-            roots = [
-                lane.fma(root, w, coefficient[r]) for root, w, r in zip(roots, ws, row, strict=True)
-            ]
-        roots = [lane.fma(root, w, constant) for root, w in zip(roots, ws, strict=True)]
-        yield [root * root for root in roots], scale
+        terms = [[lane.fma(w, slopes[r], chain.start) for w, r in zip(ws, row, strict=True)]]
+        for factor, constant in chain.steps:
+            terms.append(
+                [
+                    lane.fma(x, y, constant) if constant else x * y
+                    for x, y in zip(terms[-1], terms[factor], strict=True)
+                ]
+            )
+        yield terms[-1], scale
 
 
-def row_values(lengths: Array, polynomial: Polynomial) -> list[Array]:
-    """The lengths, and the coefficients of w, w**2 and so on."""
-    power = inverse = lax.rsqrt(lengths)
-    values = [lengths]
-    for coefficient in polynomial.coefficients[1:]:
-        values.append(np.float32(coefficient) * power)
-        power = power * inverse
-    return values
+def of_columns(lane: Lane, words: SharedPointer, places: Sequence[int]) -> list[I32]:
+    """What belongs to the columns of the places of a matrix product, 32 bits each.
+
+    Args:
+      lane: a thread of a warpgroup.
+      words: of all columns, in their order in `in_column_order`.
+      places: of what a thread holds, whole columns / 16.
+    """
+    # Loads of 16 bytes: fewer instructions count for more than anything else here.
+    mine = words.at(lane.thread_id() & 3, 16)
+    loaded = {i // 8: mine.load(4, i // 8 * 64) for i in places[::8]}
+    return [loaded[i // 8][i // 4 % 2 * 2 + i % 2] for i in places]
+
+
+def in_column_order(x: Array) -> Array:
+    """`[..., columns]` so that what one thread needs of 16 columns lies together."""
+    return jnp.swapaxes(x.reshape(*x.shape[:-1], -1, 2, 4, 2), -3, -2).reshape(x.shape)
+
+
+def from_column_order(x: Array) -> Array:
+    """The inverse of `in_column_order`."""
+    return jnp.swapaxes(x.reshape(*x.shape[:-1], -1, 4, 2, 2), -3, -2).reshape(x.shape)
+
+
+def place_of_column[Number: (I32, int)](column: Number) -> Number:
+    """Where `in_column_order` puts a column."""
+    return (column & ~14) | (column & 6) << 1 | (column & 8) >> 2
+
+
+def row_values(lengths: Array, chain: Chain) -> list[Array]:
+    """The lengths, and the slopes of w."""
+    return [lengths, np.float32(chain.slope) * lax.rsqrt(lengths)]
 
 
 def token_lengths(x: Float[Array, "B T N H"]) -> Float[Array, "heads T"]:
     """The l2 norms of tokens; 1 for tokens of zeros, which have no direction."""
-    norm = jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1))
-    norm = jnp.where(norm <= _EPS, 1, jnp.clip(norm, _SHORTEST, _LONGEST))
+    norm = lengths_of(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1))
     return jnp.swapaxes(norm, 1, 2).reshape(-1, x.shape[1])
+
+
+def lengths_of(squares: Array) -> Array:
+    """The same of sums of squares."""
+    norm = jnp.sqrt(squares)
+    return jnp.where(norm <= _EPS, 1, jnp.clip(norm, _SHORTEST, _LONGEST))
 
 
 def masked_lengths(
@@ -117,7 +146,7 @@ def pad(x: Float[Array, "B T N H"]) -> Float[Array, "B padded N padded_dim"]:
     return jnp.pad(x, [(0, 0), (0, tokens), (0, 0), (0, -x.shape[-1] % 16)])
 
 
-def pad_to(x: Float[Array, "heads T"], tokens: int) -> Float[Array, "heads {tokens}"]:
+def pad_to(x: Float[Array, "rows T"], tokens: int) -> Float[Array, "rows {tokens}"]:
     """With zeros."""
     return jnp.pad(x, [(0, 0), (0, tokens - x.shape[1])])
 

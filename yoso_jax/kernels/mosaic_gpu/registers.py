@@ -27,7 +27,18 @@ def read_registers(lane: Lane, array: mgpu.FragmentedArray) -> list[F32]:
     ]
 
 
-def write_registers(
+def write_registers(values: Sequence[F32], like: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    """A float32 array laid out as `like`, of what `read_registers` would give."""
+    size = ir.VectorType(like.registers.flat[0].type).shape[0]
+    register = ir.VectorType.get((size,), ir.F32Type.get())
+    registers = np.empty(like.registers.shape, object)
+    for i in range(registers.size):
+        parts = [value.raw for value in values[i * size : (i + 1) * size]]
+        registers.flat[i] = vector.from_elements(register, parts)
+    return mgpu.FragmentedArray(_registers=registers, _layout=like.layout, _is_signed=None)
+
+
+def write_words(
     words: Sequence[I32], like: mgpu.FragmentedArray, dtype: np.dtype
 ) -> mgpu.FragmentedArray:
     """An array laid out as `like`, of words that hold two 16-bit floats each."""
