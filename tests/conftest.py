@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         # Threads of XLA, likewise: Pallas' interpreter blocks one for each warpgroup that waits.
         os.environ.setdefault("NPROC", "16")
+        # Equal programs compile once, whichever file or script they are of. Each process of
+        # pytest has a folder of its own, because JAX does not write into it atomically.
+        folder = tempfile.TemporaryDirectory(prefix="compilations-", ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 @functools.cache

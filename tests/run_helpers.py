@@ -58,18 +58,11 @@ def tiny_config(folder: Path, name: str = "run", **changes: Any) -> TrainConfig:
 
 
 @contextlib.contextmanager
-def fast_compilations(folder: Path) -> Iterator[None]:
-    """Equal programs compile once, and quickly: compiling is most of a tiny run."""
-    names = {
-        "jax_disable_most_optimizations": (True, False),
-        "jax_compilation_cache_dir": (str(folder), None),
-        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
-    }
-    for name, (inside, _) in names.items():
-        jax.config.update(name, inside)
+def fast_compilations() -> Iterator[None]:
+    """Programs are compiled quickly: compiling is most of a tiny run."""
+    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    for name, (_, default) in names.items():
-        jax.config.update(name, default)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def quiet_console() -> tuple[Console, io.StringIO]:

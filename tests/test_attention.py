@@ -21,8 +21,8 @@ RNG = jax.random.key(7)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compilations(tmp_path_factory):
-    with fast_compilations(tmp_path_factory.mktemp("compilations")):
+def compilations():
+    with fast_compilations():
         yield
 
 

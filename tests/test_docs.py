@@ -13,8 +13,8 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with fast_compilations(tmp_path_factory.mktemp("compilations")):
+def compilations() -> Iterator[None]:
+    with fast_compilations():
         yield
 
 

@@ -33,8 +33,8 @@ LENGTH = 64
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with fast_compilations(tmp_path_factory.mktemp("compilations")):
+def compilations() -> Iterator[None]:
+    with fast_compilations():
         yield
 
 

@@ -25,8 +25,8 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "gradient_noise.py"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with fast_compilations(tmp_path_factory.mktemp("compilations")):
+def compilations() -> Iterator[None]:
+    with fast_compilations():
         yield
 
 

@@ -41,8 +41,6 @@ def train(folder: Path) -> Train:
                 environment = os.environ | {
                     "JAX_PLATFORMS": "cpu",
                     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
-                    "JAX_COMPILATION_CACHE_DIR": str(folder / "compilations"),
-                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
                     "PYTHONPATH": str(ROOT),
                 }

@@ -77,7 +77,7 @@ def config_with_buckets(folder: Path, name: str, **changes: Any) -> TrainConfig:
 
 def test_run_with_buckets_goes_on_where_it_was(tmp_path: Path) -> None:
     config = config_with_buckets(tmp_path, "whole")
-    with fast_compilations(tmp_path / "compilations"):
+    with fast_compilations():
         trainer.train(config, console=quiet_console()[0])
         objective = LRAObjective.create(config)
         iterator = objective.make_iterator()

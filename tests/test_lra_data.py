@@ -97,7 +97,7 @@ def test_two_steps_of_retrieval(tmp_path: Path) -> None:
         lines = "1\tA\tB\tfirst\tsecond\n0\tA\tC\tfirst\tthe third of them\n"
         (folder / f"new_aan_pairs.{name}.tsv").write_text(lines)
     config = task_config(tmp_path, RetrievalConfig(), 16, data_dir=str(folder))
-    with fast_compilations(tmp_path / "compilations"):
+    with fast_compilations():
         results = trainer.train(config, console=quiet_console()[0])
     assert results is not None
     assert results["majority_baseline"] == 0.5
@@ -107,7 +107,7 @@ def test_two_steps_of_retrieval(tmp_path: Path) -> None:
 def test_two_steps_of_pathfinder(tmp_path: Path) -> None:
     data = dataclasses.replace(SMALL, window=9, contour_length=2, seed_distance=4.0)
     config = task_config(tmp_path, data, 81)
-    with fast_compilations(tmp_path / "compilations"):
+    with fast_compilations():
         results = trainer.train(config, console=quiet_console()[0])
     assert results is not None
     assert results["step"] == 2

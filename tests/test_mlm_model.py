@@ -28,8 +28,8 @@ CONFIG = YosoConfig(
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compilations(tmp_path_factory):
-    with fast_compilations(tmp_path_factory.mktemp("compilations")):
+def compilations():
+    with fast_compilations():
         yield
 
 

@@ -36,8 +36,8 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "mlm"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with fast_compilations(tmp_path_factory.mktemp("compilations")):
+def compilations() -> Iterator[None]:
+    with fast_compilations():
         yield
 
 

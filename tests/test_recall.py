@@ -92,7 +92,7 @@ def test_two_steps_of_training(tmp_path: Path) -> None:
     config = dataclasses.replace(
         tiny, data=SMALL, model=model, sequence_length=21, steps=2, log_every=1
     )
-    with fast_compilations(tmp_path / "compilations"):
+    with fast_compilations():
         results = trainer.train(config, console=quiet_console()[0])
     assert results is not None
     assert results["step"] == 2

@@ -28,10 +28,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("compilations")
-    with fast_compilations(folder):
-        yield folder
+def compilations() -> Iterator[None]:
+    with fast_compilations():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def config_file(folder: Path) -> Path:
 
 @pytest.fixture
 def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], compilations: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], compilations: None
 ) -> Run:
     """Runs a script in this process: exit code, standard output, standard error."""
 
@@ -67,12 +66,10 @@ def run(
     return run
 
 
-def start(script: str, *arguments: object, cache: Path) -> subprocess.Popen[str]:
-    """Starts a script in a process of its own, with the options of `fast_compilations`."""
+def start(script: str, *arguments: object) -> subprocess.Popen[str]:
+    """Starts a script in a process of its own, with the option of `fast_compilations`."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(ROOT),
     }
@@ -175,10 +172,10 @@ def test_file_that_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(config_file: Path, compilations: Path) -> TrainConfig:
+def trained(config_file: Path) -> TrainConfig:
     """A run made by the command, in its own process, with options."""
     options = ["--optimizer.learning-rate", "5e-3", "--run-dir", config_file.parent / "trained"]
-    process = start("train.py", config_file, *options, cache=compilations)
+    process = start("train.py", config_file, *options)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert err == ""
@@ -286,15 +283,13 @@ def test_mistakes_end_with_one_message_and_an_exit_code(
     assert sorted(folder.rglob("*")) == before
 
 
-def test_damaged_checkpoints_end_with_one_message(
-    trained: TrainConfig, folder: Path, compilations: Path
-) -> None:
+def test_damaged_checkpoints_end_with_one_message(trained: TrainConfig, folder: Path) -> None:
     """In its own process, for Orbax' threads would complain at length."""
     damaged = folder / "damaged"
     subprocess.run(["cp", "-r", trained.run_dir, damaged], check=True)
     for manifest in damaged.rglob("manifest.ocdbt"):
         manifest.unlink()
-    process = start("evaluate.py", damaged, cache=compilations)
+    process = start("evaluate.py", damaged)
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (4, "")
     lines = err.splitlines()
@@ -303,13 +298,11 @@ def test_damaged_checkpoints_end_with_one_message(
 
 
 @pytest.mark.slow
-def test_sigterm_saves_exits_0_and_resume_goes_on_bit_for_bit(
-    folder: Path, compilations: Path
-) -> None:
+def test_sigterm_saves_exits_0_and_resume_goes_on_bit_for_bit(folder: Path) -> None:
     path = folder / "long.yaml"
     config = tiny_config(folder, "long", steps=800, evaluate_every=400, log_every=7)
     path.write_text(dump_config(config))
-    interrupted = start("train.py", path, cache=compilations)
+    interrupted = start("train.py", path)
     metrics = Path(config.run_dir) / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") > 3):
         assert interrupted.poll() is None, interrupted.communicate()[1]
@@ -323,8 +316,8 @@ def test_sigterm_saves_exits_0_and_resume_goes_on_bit_for_bit(
 
     whole = folder / "whole"
     processes = [
-        start("train.py", path, "--resume", cache=compilations),
-        start("train.py", path, "--run-dir", whole, cache=compilations),
+        start("train.py", path, "--resume"),
+        start("train.py", path, "--run-dir", whole),
     ]
     for process in processes:
         _, err = process.communicate(timeout=300)
@@ -334,7 +327,7 @@ def test_sigterm_saves_exits_0_and_resume_goes_on_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_killed_at_any_instant_a_run_goes_on_bit_for_bit(folder: Path, compilations: Path) -> None:
+def test_killed_at_any_instant_a_run_goes_on_bit_for_bit(folder: Path) -> None:
     path, whole = folder / "killed.yaml", folder / "unharmed"
     config = tiny_config(folder, "killed", steps=500, evaluate_every=10, log_every=7)
     path.write_text(dump_config(config))
@@ -344,7 +337,7 @@ def test_killed_at_any_instant_a_run_goes_on_bit_for_bit(folder: Path, compilati
         # The first before there is a configuration, others while steps are made and saved.
         seen = metrics.read_bytes() if metrics.exists() else b""
         resume = ["--resume"] if (run_dir / "config.yaml").exists() else []
-        process = start("train.py", path, *resume, cache=compilations)
+        process = start("train.py", path, *resume)
         while number and (
             not metrics.exists()
             or (
@@ -359,8 +352,8 @@ def test_killed_at_any_instant_a_run_goes_on_bit_for_bit(folder: Path, compilati
         process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL
     processes = [
-        start("train.py", path, "--resume", cache=compilations),
-        start("train.py", path, "--run-dir", whole, cache=compilations),
+        start("train.py", path, "--resume"),
+        start("train.py", path, "--run-dir", whole),
     ]
     for process in processes:
         _, err = process.communicate(timeout=300)

@@ -55,8 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with fast_compilations(tmp_path_factory.mktemp("compilations")):
+def compilations() -> Iterator[None]:
+    with fast_compilations():
         yield
 
 

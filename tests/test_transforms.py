@@ -23,8 +23,8 @@ mode = pytest.mark.parametrize("mode", MODES)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compilations(tmp_path_factory):
-    with fast_compilations(tmp_path_factory.mktemp("compilations")):
+def compilations():
+    with fast_compilations():
         yield
 
 
