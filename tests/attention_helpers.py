@@ -4,8 +4,21 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from yoso_jax.kernels.xla import l2_normalize
+
+
+def normal(*shapes, dtype=jnp.float32):
+    """Arrays that NumPy draws: JAX's generator takes long to compile, for each shape again."""
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def draw_codes(*shapes, num_codes):
+    """Hash codes, likewise."""
+    rng = np.random.default_rng(1)
+    return [jnp.asarray(rng.integers(0, num_codes, shape), jnp.int32) for shape in shapes]
 
 
 def rows_with_slope(weights, slope, cosine, value, *, hash_code_len):

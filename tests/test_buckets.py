@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_helpers import rows_with_slope
+from attention_helpers import normal, rows_with_slope
 from jax import export
 from run_helpers import fast_compilations
 
@@ -202,12 +202,8 @@ OPTIONS = dict(
 
 
 def inputs(batch=2, tokens=70, num_keys=None, heads=2, head_dim=8, value_dim=8, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 3)
     sizes = (tokens, head_dim), (num_keys or tokens, head_dim), (num_keys or tokens, value_dim)
-    return tuple(
-        jax.random.normal(key, (batch, n, heads, d), dtype)
-        for key, (n, d) in zip(keys, sizes, strict=True)
-    )
+    return tuple(normal(*((batch, n, heads, d) for n, d in sizes), dtype=dtype))
 
 
 def attention(*args, rng=RNG, **options):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_helpers import draw_codes, normal
 from safetensors.numpy import load_file
 
 from yoso_jax import kernels
@@ -43,7 +44,7 @@ def test_block_layout_is_bit_exact(hash_vectors, case, tokens, hash_code_len):
     expected = hash_vectors[f"{case}/{tokens}_code"]
     options = dict(num_hashes=expected.shape[-1], hash_code_len=hash_code_len, bit_layout="block")
     x, signs = (jnp.asarray(hash_vectors[f"{case}/{name}"]) for name in (tokens, "D"))
-    codes = kernels.fast_hash(x, signs, **options)
+    codes = jax.jit(functools.partial(kernels.fast_hash, **options))(x, signs)
     assert codes.dtype == jnp.int32
     np.testing.assert_array_equal(codes, expected)
     projection = fast_hash_projection(signs, head_dim=x.shape[-1], **options)
@@ -79,7 +80,7 @@ def test_composed_projection_gives_the_codes_of_the_transform(
     options = dict(num_hashes=num_hashes, hash_code_len=hash_code_len, bit_layout=bit_layout)
     signs = sample_signs(jax.random.key(0), (2,), head_dim, **options)
     # Small integers: every projection is exact, so ties at zero must agree, too.
-    x = jax.random.randint(jax.random.key(1), (2, 7, head_dim), -3, 4).astype(jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).integers(-3, 4, (2, 7, head_dim)), jnp.float32)
     codes = jax.jit(functools.partial(kernels.fast_hash, **options))(x, signs)
     projection = jax.jit(functools.partial(fast_hash_projection, head_dim=head_dim, **options))(
         signs
@@ -93,7 +94,7 @@ def test_composed_projection_gives_the_codes_of_the_transform(
 def test_spread_layout_takes_each_bit_from_its_own_part():
     options = dict(num_hashes=40, hash_code_len=3)
     signs = sample_signs(jax.random.key(0), (), 32, **options)
-    x = jax.random.normal(jax.random.key(1), (5, 32))
+    (x,) = normal((5, 32))
     codes = kernels.fast_hash(x, signs, **options)
     for index, bit in [(0, 0), (31, 2), (32, 0), (39, 1)]:
         part = index // 32 * 3 + bit
@@ -189,15 +190,9 @@ def test_weighted_cumulation_and_its_gradients_are_the_dense_twins(
 ):
     if not pairs:
         monkeypatch.setattr(collisions, "_PAIRS_PER_TOKEN", 0)
-    keys = jax.random.split(jax.random.key(0), 6)
-    query_codes = jax.random.randint(keys[0], (2, 1, num_queries, 5), 0, 8)
-    key_codes = jax.random.randint(keys[1], (2, 1, num_keys, 5), 0, 8)
-    args = (
-        jax.random.normal(keys[2], (2, 1, num_queries, 3)),
-        jax.random.normal(keys[3], (2, 1, num_keys, 3)),
-        jax.random.normal(keys[4], (2, 1, num_keys, 4)),
-    )
-    grad_out = jax.random.normal(keys[5], (2, 1, num_queries, 4))
+    query_codes, key_codes = draw_codes((2, 1, num_queries, 5), (2, 1, num_keys, 5), num_codes=8)
+    sizes = (num_queries, 3), (num_keys, 3), (num_keys, 4), (num_queries, 4)
+    *args, grad_out = normal(*((2, 1, *size) for size in sizes))
 
     def weighted(*args):
         return kernels.lsh_weighted_cumulation(query_codes, key_codes, *args, hash_code_len=3)
@@ -217,10 +212,9 @@ def test_weighted_cumulation_and_its_gradients_are_the_dense_twins(
 
 @pytest.mark.parametrize(("num_hashes", "hash_code_len"), [(13, 1), (1, 9), (2, 16)])
 def test_one_hot_tables_equal_scattered_ones(monkeypatch, hash_code_len, num_hashes):
-    keys = jax.random.split(jax.random.key(0), 3)
-    query_codes = jax.random.randint(keys[0], (3, 21, num_hashes), 0, 2**hash_code_len)
-    key_codes = jax.random.randint(keys[1], (3, 34, num_hashes), 0, 2**hash_code_len)
-    value = jax.random.normal(keys[2], (3, 34, 6))
+    shapes = (3, 21, num_hashes), (3, 34, num_hashes)
+    query_codes, key_codes = draw_codes(*shapes, num_codes=2**hash_code_len)
+    (value,) = normal((3, 34, 6))
 
     def cumulation():
         f = functools.partial(collisions.lsh_cumulation, hash_code_len=hash_code_len)
@@ -243,7 +237,7 @@ def test_collision_probability_is_as_accurate_as_float32(hash_code_len):
 
 def test_codes_do_not_depend_on_length_and_projections_differ_between_heads():
     projection = sample_projection(jax.random.key(0), (2, 3), 16, num_hashes=8, hash_code_len=7)
-    x = jax.random.normal(jax.random.key(1), (2, 3, 10, 16))
+    (x,) = normal((2, 3, 10, 16))
     codes = hash_codes(x, projection, hash_code_len=7)
     np.testing.assert_array_equal(codes, hash_codes(7.5 * x, projection, hash_code_len=7))
     same = jnp.broadcast_to(x[:1, :1], x.shape)
@@ -253,8 +247,9 @@ def test_codes_do_not_depend_on_length_and_projections_differ_between_heads():
 
 @pytest.mark.parametrize(("dtype", "hash_code_len"), [("uint8", 8), ("int16", 9), ("uint16", 16)])
 def test_codes_of_any_integer_type(dtype, hash_code_len):
-    codes = jax.random.randint(jax.random.key(0), (70, 3, 2), 0, 2**hash_code_len).astype(dtype)
-    value = jax.random.normal(jax.random.key(1), (70, 3, 4))
+    (codes,) = draw_codes((70, 3, 2), num_codes=2**hash_code_len)
+    codes = codes.astype(dtype)
+    (value,) = normal((70, 3, 4))
     out = kernels.lsh_cumulation(codes, codes, value, hash_code_len=hash_code_len)
     np.testing.assert_allclose(out, reference.lsh_cumulation(codes, codes, value), atol=1e-5)
 

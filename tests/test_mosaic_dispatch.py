@@ -11,6 +11,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_helpers import draw_codes, normal
 from jax import export
 from jax.sharding import PartitionSpec as P
 from test_mosaic_cumulation import numpy_run, quick_compilation  # noqa: F401
@@ -29,18 +30,10 @@ def inputs(shape, num_keys=None, value_dim=None, dtype=jnp.bfloat16):
     """Query, key, value and a cotangent; keys are close to queries, so that some pairs collide."""
     batch, tokens, heads, head_dim = shape
     num_keys, value_dim = num_keys or tokens, value_dim or head_dim
-    keys = jax.random.split(jax.random.key(0), 4)
-    normal = [
-        jax.random.normal(key, (batch, n, heads, d))
-        for key, n, d in zip(
-            keys,
-            (tokens, num_keys, num_keys, tokens),
-            (head_dim, head_dim, value_dim, value_dim),
-            strict=True,
-        )
-    ]
-    normal[1] = 0.5 * normal[1] + jnp.resize(normal[0], normal[1].shape)
-    return [x.astype(dtype) for x in normal]
+    sizes = (tokens, head_dim), (num_keys, head_dim), (num_keys, value_dim), (tokens, value_dim)
+    arrays = [np.asarray(x) for x in normal(*((batch, n, heads, d) for n, d in sizes))]
+    arrays[1] = 0.5 * arrays[1] + np.resize(arrays[0], arrays[1].shape)
+    return [jnp.asarray(x, dtype) for x in arrays]
 
 
 def attend(*args, implementation="mosaic_gpu", **options):
@@ -417,13 +410,13 @@ def test_under_vmap(in_numpy):
 
 def test_cumulation_equals_xla(in_numpy):
     dtype = jnp.bfloat16
-    keys = jax.random.split(RNG, 4)
-    query_codes = jax.random.randint(keys[0], (2, 3, 10, 5), 0, 8).astype(jnp.uint8)
-    key_codes = jax.random.randint(keys[1], (2, 3, 14, 5), 0, 8)
-    value = jax.random.normal(keys[2], (2, 3, 14, 6), dtype)
+    query_codes, key_codes = draw_codes((2, 3, 10, 5), (2, 3, 14, 5), num_codes=8)
+    query_codes = query_codes.astype(jnp.uint8)
+    (value,) = normal((2, 3, 14, 6), dtype=dtype)
+    rng = np.random.default_rng(2)
     masks = {
-        "query_mask": jax.random.bernoulli(keys[3], 0.7, (2, 3, 10)),
-        "key_mask": jax.random.bernoulli(keys[3], 0.7, (2, 3, 14)),
+        "query_mask": jnp.asarray(rng.random((2, 3, 10)) < 0.7),
+        "key_mask": jnp.asarray(rng.random((2, 3, 14)) < 0.7),
     }
 
     def f(value, implementation):
@@ -450,7 +443,7 @@ def test_cumulation_equals_xla(in_numpy):
 
 @pytest.mark.parametrize(("num_hashes", "hash_code_len"), [(1, 1), (11, 9), (16, 12)])
 def test_plain_codes_are_those_arranged(num_hashes, hash_code_len):
-    codes = jax.random.randint(RNG, (2, 21, num_hashes), 0, 2**hash_code_len)
+    (codes,) = draw_codes((2, 21, num_hashes), num_codes=2**hash_code_len)
     arranged = layout.arrange_codes(codes, hash_code_len=hash_code_len, filler=1)
     plain = operations.plain_codes(arranged, num_hashes=num_hashes, hash_code_len=hash_code_len)
     np.testing.assert_array_equal(plain, codes)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_helpers import draw_codes, normal
 from jax import export
 from run_helpers import fast_compilations
 
@@ -29,8 +30,7 @@ def compilations():
 
 
 def inputs(batch=2, tokens=12):
-    keys = jax.random.split(jax.random.key(0), 3)
-    return tuple(jax.random.normal(key, (batch, tokens, 2, 8)) for key in keys)
+    return tuple(normal(*[(batch, tokens, 2, 8)] * 3))
 
 
 def attention(mode, rng=RNG, **options):
@@ -192,14 +192,14 @@ def test_sampled_memory_is_linear():
 
 
 def test_cumulation_under_vmap_and_grad():
-    codes = jax.random.randint(RNG, (3, 10, 4), 0, 8)
-    value = jax.random.normal(RNG, (3, 10, 5))
+    (codes,) = draw_codes((3, 10, 4), num_codes=8)
+    value, step = normal((3, 10, 5), (3, 10, 5))
 
     def f(codes, value):
         return kernels.lsh_cumulation(codes, codes, value, hash_code_len=3)
 
     assert_close(jax.jit(jax.vmap(f))(codes, value), f(codes, value))
     grad = jax.grad(lambda value: jnp.sum(f(codes, value) ** 2))
-    step = 1e-2 * jax.random.normal(jax.random.key(1), value.shape)
+    step = 1e-2 * step
     difference = jnp.sum(f(codes, value + step) ** 2) - jnp.sum(f(codes, value - step) ** 2)
     np.testing.assert_allclose(jnp.sum(grad(value) * step), difference / 2, rtol=1e-3)
