@@ -1,18 +1,45 @@
 """What all tests share: checked shapes and types, the CPU as the platform, test data."""
 
 import functools
+import inspect
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
+_shapes_checked = jaxtyping.jaxtyped
+
+
+def _types_checked(*, typechecker: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Decorates like jaxtyping, but with the bare checker where no annotation names a shape.
+
+    Kernels are built by calling millions of such functions, and keeping account of shapes takes
+    longer than what they do.
+    """
+
+    def decorate(fn: Any) -> Any:
+        if not inspect.isfunction(fn) or "jaxtyping" in repr(fn.__annotations__):
+            return _shapes_checked(fn, typechecker=typechecker)
+        checked = typechecker(fn)
+
+        @functools.wraps(fn)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return (fn if jaxtyping.config.jaxtyping_disable else checked)(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
 # Before anything imports yoso_jax: calls with a wrong shape, dtype or type fail.
+jaxtyping.jaxtyped = _types_checked  # which the hook decorates with
 install_import_hook("yoso_jax", "beartype.beartype")
 
 # Compiling takes longer than Hypothesis' deadline, and a run should be repeatable.
