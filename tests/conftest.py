@@ -1,6 +1,7 @@
 """What all tests share: checked shapes and types, the CPU as the platform, test data."""
 
 import functools
+import gc
 import inspect
 import os
 import re
@@ -59,6 +60,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(folder.cleanup)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+def pytest_collection_finish() -> None:
+    # What was imported stays, so that looking through it for garbage again and again is in vain;
+    # and tracing makes objects by the thousand, few of them garbage.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @functools.cache
