@@ -300,7 +300,7 @@ def test_damaged_checkpoints_end_with_one_message(trained: TrainConfig, folder: 
 @pytest.mark.slow
 def test_sigterm_saves_exits_0_and_resume_goes_on_bit_for_bit(folder: Path) -> None:
     path = folder / "long.yaml"
-    config = tiny_config(folder, "long", steps=800, evaluate_every=400, log_every=7)
+    config = tiny_config(folder, "long", steps=400, evaluate_every=200, log_every=7)
     path.write_text(dump_config(config))
     interrupted = start("train.py", path)
     metrics = Path(config.run_dir) / "metrics.jsonl"
@@ -323,13 +323,13 @@ def test_sigterm_saves_exits_0_and_resume_goes_on_bit_for_bit(folder: Path) -> N
         _, err = process.communicate(timeout=300)
         assert (process.returncode, err) == (0, "")
     assert numbers(config.run_dir) == numbers(whole)
-    assert len(numbers(whole)) == 800 // 7 + 1 + 2
+    assert len(numbers(whole)) == 400 // 7 + 1 + 2
 
 
 @pytest.mark.slow
 def test_killed_at_any_instant_a_run_goes_on_bit_for_bit(folder: Path) -> None:
     path, whole = folder / "killed.yaml", folder / "unharmed"
-    config = tiny_config(folder, "killed", steps=500, evaluate_every=10, log_every=7)
+    config = tiny_config(folder, "killed", steps=300, evaluate_every=10, log_every=7)
     path.write_text(dump_config(config))
     run_dir, rng = Path(config.run_dir), random.Random(0)
     metrics = run_dir / "metrics.jsonl"
