@@ -3,7 +3,7 @@
 For each exponent it writes the chain of multiply-adds (`yoso_jax.kernels.mosaic_gpu.
 collision_chain`) whose end is closest to the collision probability
 `(1 - arccos(cosine) / pi) ** exponent`, and how close that is: the shortest one that is close
-enough, of all in which the last step is a square. A few minutes on one core.
+enough, of all in which the last step is a square. Ten minutes on one core.
 """
 
 import dataclasses
@@ -25,22 +25,24 @@ EXPONENTS = range(1, 17)
 STEPS = range(3, 6)
 # The least number of steps with this error is taken, else the best of all.
 GOAL = 1.1e-3
-# An error is relative to the probability plus this: smaller weights need not be as accurate.
-FLOOR = 1e-6
+# An error is relative to the probability plus the smaller of these, of which the second is a part
+# of the weight of cosine 0: smaller weights need not be as accurate.
+FLOOR, FLOOR_PART = 1e-6, 1e-3
 # Below, powers of p that are no multiples of 4 have a singular end, which no polynomial follows.
 # Such cosines are rare and their weights are the smallest: they take what continues the rest, if it
 # is off by less than 2 % of the weight of cosine 0; more for the least exponents.
 LEAST_COSINE = -0.7
 LARGER = {1: 0.25, 2: 0.04}
 # Random starts of a search, and places where the error is looked at.
-_STARTS, _PLACES = 800, 160
+_STARTS, _PLACES = 3000, 160
 
 HEADER = f'''\
 """Chains of collision probabilities; written by `python scripts/fit_chains.py`.
 
 By exponent: slope and start of the first term; of each further one the term that is multiplied
 with the one before, and what is added, all float32 numbers; the largest error for cosines in
-[-1, 1]; the largest for cosines >= {LEAST_COSINE}, relative to the probability + {FLOOR:.0e}.
+[-1, 1]; the largest for cosines >= {LEAST_COSINE}, relative to the probability + {FLOOR:.0e},
+or + {FLOOR_PART} * 2 ** -exponent if that is less.
 """
 
 '''
@@ -116,13 +118,13 @@ def fit(exponent: int, factors: tuple[int, ...]) -> np.ndarray:
     grid = (1 - np.cos(np.linspace(0, np.pi, _PLACES))) / 2
     u = math.sqrt(1 - LEAST_COSINE) * grid
     exact = probability(1 - u * u, exponent)
-    scale = 1 / (exact + FLOOR)
+    scale = 1 / (exact + floor(exponent))
     rng = np.random.default_rng(exponent)
     numbers = rng.normal(size=(_STARTS, len(factors) + 2))
     some = slice(None, None, 4)
     numbers, costs = _least_squares(numbers, u[some], exact[some], scale[some], factors, 20)
-    numbers, costs = _least_squares(numbers[np.argsort(costs)[:16]], u, exact, scale, factors, 80)
-    numbers = best = numbers[np.argsort(costs)[:3]]
+    numbers, costs = _least_squares(numbers[np.argsort(costs)[:40]], u, exact, scale, factors, 80)
+    numbers = best = numbers[np.argsort(costs)[:6]]
     weights = np.ones((len(numbers), _PLACES))
     least = np.full(len(numbers), np.inf)
     for _ in range(40):
@@ -190,6 +192,11 @@ def _least_squares(
     return numbers, costs
 
 
+def floor(exponent: int) -> float:
+    """What errors of small probabilities are compared with."""
+    return min(FLOOR, FLOOR_PART * 2.0**-exponent)
+
+
 def probability(cosine: np.ndarray, exponent: int) -> np.ndarray:
     """`(1 - arccos(cosine) / pi) ** exponent`, accurate also where it is small."""
     return (np.arccos(-cosine) / np.pi) ** exponent
@@ -206,7 +213,7 @@ def measure(
       numbers: slope, start and constants; float32.
 
     Returns:
-      The largest error for cosines in [-1, 1], the largest divided by `E + FLOOR` for those of at
+      The largest error for cosines in [-1, 1], the largest divided by `E + floor` for those of at
       least `LEAST_COSINE`, and the largest for the others.
     """
     near_one = np.geomspace(1e-7, 0.1, 10_000)
@@ -215,7 +222,7 @@ def measure(
     exact = probability(cosine.astype(np.float64), exponent)
     error = np.abs(evaluate(factors, numbers, cosine) - exact)
     is_usual = cosine >= LEAST_COSINE
-    return error.max(), (error / (exact + FLOOR))[is_usual].max(), error[~is_usual].max()
+    return error.max(), (error / (exact + floor(exponent)))[is_usual].max(), error[~is_usual].max()
 
 
 def evaluate(factors: tuple[int, ...], numbers: np.ndarray, cosine: np.ndarray) -> np.ndarray:
