@@ -271,7 +271,7 @@ def test_all_bits_of_all_hashes_are_the_sampled_gradients():
         (
             8192,
             dict(backward=None, num_backward_hashes=None, bucket_bits=None),
-            dict(num_backward_hashes=2, bucket_bits=4),
+            dict(num_backward_hashes=4, bucket_bits=4),
         ),
     ],
 )
@@ -402,7 +402,7 @@ def plan(backward="bucketed", num_backward_hashes=None, bucket_bits=None, **opti
 
 
 def test_defaults():
-    assert plan() == backward_choice.BackwardPlan("bucketed", 2, 4)
+    assert plan() == backward_choice.BackwardPlan("bucketed", 4, 4)
     assert plan(num_hashes=1, num_tokens=2**20).num_hashes == 1
     assert plan(num_tokens=4095) == backward_choice.BackwardPlan("bucketed", 4, 3)
     bits = {n: plan(num_tokens=n).bucket_bits for n in (512, 1023, 1024, 16384, 2**17, 2**20)}

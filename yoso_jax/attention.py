@@ -76,9 +76,8 @@ def yoso_attention(
         "bucketed": over the pairs that collide in the first bits of some of the same hashes, each
         weighted by the probability that the other bits agree; in linear time. None: the fastest
         for the shapes and JAX's default device, as measured; of two about as fast the less noisy.
-      num_backward_hashes: hashes that "bucketed" uses, 1 to `num_hashes`; None for at most 2, or
-        below 4,096 tokens 4. More hashes, less noise. Other kinds ignore it, as they do
-        `bucket_bits`.
+      num_backward_hashes: hashes that "bucketed" uses, 1 to `num_hashes`; None for at most 4.
+        More hashes, less noise and more time. Other kinds ignore it, as they do `bucket_bits`.
       bucket_bits: bits that "bucketed" compares, 0 to `hash_code_len`; None for buckets of 256 to
         511 of the T queries or S keys, whichever are more. Fewer bits, more pairs: more time and
         less noise; 0 is the expectation.

@@ -13,15 +13,14 @@ BACKWARDS = ("sampled", "expectation", "bucketed")
 # Tokens a bucket should have at least, on average. Of the same number of pairs, fewer hashes of
 # larger buckets are less noisy, have less to sort and to sum up, and their tiles are fuller.
 _BUCKET_TOKENS = 256
-# The longer sequences are, the more buckets save. Where they save little, noise counts for more: on
-# associative recall of 1,024 tokens 4 hashes train as the expectation does, and 2 do not always.
-_HASHES, _HASHES_OF_SHORT = 2, 4
-_SHORT = 4096
+# With 4, associative recall of 1,024 tokens and a masked language model of 4,096 train as with the
+# expectation; with 2, attention takes two thirds of the time, and they not always do so.
+_HASHES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Crossover:
-    """Where the buckets of 2 hashes begin to take clearly less time than the expectation.
+    """Where the buckets of 4 hashes begin to take clearly less time than the expectation.
 
     Attributes:
       num_tokens: the larger of the numbers of queries and of keys from which on they do.
@@ -35,21 +34,20 @@ class Crossover:
 # By JAX's name of the platform.
 CROSSOVERS = {
     "cpu": Crossover(
-        3072,
+        6144,
         "2 cores of an AMD EPYC, jax 0.11.2, H = 64, forward and backward pass, 8 hashes of a "
-        "quarter of the tokens a bucket, which are as many pairs: the expectation's "
+        "quarter of the tokens a bucket, which are half as many pairs: the expectation's "
         "time is 1.1 times the buckets' at 2,048, 1.25 at 3,072, 1.8 at 4,096, 5 at 16,384 "
         "(benchmarks/results/backward_cpu.json); 'sampled' is never clearly the fastest",
     ),
     "gpu": Crossover(
-        2048,
-        "H100, jax 0.11.2, bfloat16, H = 64, forward and backward pass by mosaic_gpu: the "
-        "expectation's time is 1.83 times the buckets' at 4,096, 5.5 at 16,384 "
-        "(benchmarks/results/bucketed.json); on an H200 1.92 and 6.0, and 1.23 at 2,048 when "
-        "codes were kept for the backward pass",
+        4096,
+        "H200, jax 0.11.2, bfloat16, H = 64, forward and backward pass by mosaic_gpu: the "
+        "expectation's time is 1.25 times the buckets' at 4,096, 3.8 at 16,384, and 1.9 and 5.8 "
+        "times that of 2 hashes (benchmarks/results/bucketed.json, bucketed_4_hashes.json)",
     ),
     # Not measured: to be replaced when it is.
-    "tpu": Crossover(4096, "a cautious guess"),
+    "tpu": Crossover(8192, "a cautious guess"),
 }
 
 
@@ -83,7 +81,7 @@ def plan(
 
     Args:
       backward: the kind; None for the fastest.
-      num_backward_hashes: None for 2 of them, or 4 below 4,096 tokens.
+      num_backward_hashes: None for at most 4 of them.
       bucket_bits: None for buckets of 256 to 511 tokens, where they are even.
       num_hashes: hashes of the forward pass.
       hash_code_len: bits of a hash.
@@ -95,8 +93,7 @@ def plan(
       ValueError: "bucketed" is asked for although the hashes are biased.
     """
     if num_backward_hashes is None:
-        wanted = _HASHES_OF_SHORT if num_tokens < _SHORT else _HASHES
-        num_backward_hashes = min(num_hashes, wanted)
+        num_backward_hashes = min(num_hashes, _HASHES)
     if backward is None:
         backward = _choose(num_tokens, num_backward_hashes, is_biased, platform)
     elif backward == "bucketed" and is_biased:
