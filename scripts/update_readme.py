@@ -128,9 +128,10 @@ def describe(name: str, report: dict[str, Any]) -> str:
     for field, text in (
         ("head_dim", "head dimension {}"),
         ("hash_code_len", "{} bits of a hash"),
+        ("num_backward_hashes", "{} hashes in the gradients of buckets"),
         ("dtype", "{}"),
     ):
-        if field in arguments:
+        if arguments.get(field) is not None:
             note += f", {text.format(arguments[field])}"
     driver = f", driver {device['driver']}" if device["driver"] else ""
     return (

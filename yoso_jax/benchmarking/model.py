@@ -40,6 +40,8 @@ class Model(Benchmark):
     """Words the model knows."""
     implementation: str | None = None
     """Of the attention; by default the best that applies."""
+    num_backward_hashes: int | None = None
+    """Hashes whose buckets give the gradients; by default what the model takes."""
 
     def build(self, name: str, m: int | None) -> YosoForMaskedLM:
         """A model of this package by the name of its row."""
@@ -61,6 +63,7 @@ class Model(Benchmark):
                 num_hash=m or 1,
                 hash_code_len=self.hash_code_len,
                 attention_backward=backward,
+                num_backward_hashes=self.num_backward_hashes,
                 scan_layers=True,
                 attention_implementation=implementation,
             )
