@@ -324,6 +324,7 @@ def test_model(benchmark: Any) -> None:
         (["cumulation", "--hash-code-len", "17"], "--hash-code-len must be in 1..16, got 17"),
         (["attention", "--n", "64", "--tokens", "32"], "--tokens must be at least --n, got 32"),
         (["attention", "--mask-fraction", "1"], "--mask-fraction must be in [0, 1), got 1.0"),
+        (["attention", "--num-backward-hashes", "0"], "--num-backward-hashes must be >= 1, got 0"),
         (["attention", "--seconds", "0"], "--seconds must be > 0, got 0.0"),
         (["attention", "--head-dim", "0"], "--head-dim must be >= 1, got 0"),
         (["attention", "--implementations", "flash"], "flash"),
