@@ -327,6 +327,13 @@ def test_gpu_masks(shape, num_keys, value_dim, bits):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("num_queries", [700, 1024])
+def test_gpu_more_work_than_blocks(monkeypatch, num_queries):
+    monkeypatch.setattr(expectation, "_MULTIPROCESSORS", 4)
+    assert_accurate(normal((2, num_queries, 3, 64), 500, 64, jnp.bfloat16), (None, None), 9)
+
+
+@pytest.mark.gpu
 def test_gpu_nothing_takes_part():
     args = normal((2, 100, 2, 64), 70, 64, jnp.bfloat16)
     for masks in ((None, jnp.zeros((2, 70), bool)), (jnp.zeros((2, 100), bool), None)):

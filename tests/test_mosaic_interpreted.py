@@ -91,12 +91,31 @@ FORWARD = {
     "no-queries": dict(
         bits=2, shape=(2, 200, 1, 64), num_keys=3, value_dim=64, query_mask=first_row
     ),
+    # More work than blocks: whole pieces of heads, then shorter ones, with rows of any lengths.
+    "1-block": dict(
+        blocks=1, bits=9, shape=(3, 250, 1, 16), num_keys=300, value_dim=16, key_mask=prefix
+    ),
+    "2-blocks": dict(
+        blocks=2,
+        bits=4,
+        shape=(2, 330, 2, 32),
+        num_keys=200,
+        value_dim=32,
+        query_mask=prefix,
+        key_mask=prefix,
+    ),
+    "2-blocks-2-warpgroups": dict(
+        blocks=2, bits=6, shape=(1, 450, 2, 128), num_keys=130, value_dim=64, query_mask=scattered
+    ),
 }
 
 
 @pytest.mark.parametrize("case", FORWARD)
-def test_forward(capsys, case):
-    given, options = split(FORWARD[case], normalize=True)
+def test_forward(capsys, monkeypatch, case):
+    given, options = split(FORWARD[case], normalize=True, blocks=None)
+    blocks = options.pop("blocks")
+    if blocks is not None:
+        monkeypatch.setattr(expectation, "_MULTIPROCESSORS", blocks)
     args, masks, bits = inputs(**given)
     out, norm = expectation.attend(*args[:3], *masks, hash_code_len=bits, interpret=True, **options)
     wanted, *_ = expected(args, masks, bits)
