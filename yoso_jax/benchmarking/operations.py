@@ -104,6 +104,8 @@ class Attention(HeadsBenchmark):
     """Part of each sequence that is padding."""
     num_backward_hashes: int | None = None
     """Hashes whose buckets give the gradients; by default what the operation takes."""
+    normalize: bool = True
+    """Normalise the results of `mixed` and `bucketed`, as models do; it takes longer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,8 +189,7 @@ class Attention(HeadsBenchmark):
                     num_backward_hashes=(
                         self.num_backward_hashes if name.endswith("_bucketed") else None
                     ),
-                    # As in training: what gradients take depends on it.
-                    normalize=name.endswith(("_mixed", "_bucketed")),
+                    normalize=self.normalize and name.endswith(("_mixed", "_bucketed")),
                     implementation=implementation,
                 )
 
