@@ -191,7 +191,7 @@ def test_cases_have_all_plans():
         found = set()
         for part in range(4):
             plan = expectation_backward.Plan(
-                1, 1, 128, 128, head_dim, value_dim, 9, part, not deterministic, with_value
+                1, 1, 128, 128, head_dim, value_dim, 9, part, False, not deterministic, with_value
             )
             if part < plan.parts:
                 outputs = plan.key_width > 0, plan.value_width > 0
@@ -223,7 +223,9 @@ def test_plans_fit(head_dim, value_dim):
     assert plan.stages >= 2
     assert used + 1024 <= limit
     for part in range(4):
-        plan = expectation_backward.Plan(1, 1, 512, 512, head_dim, value_dim, 9, part, True, True)
+        plan = expectation_backward.Plan(
+            1, 1, 512, 512, head_dim, value_dim, 9, part, True, True, True
+        )
         assert plan.stages >= 1
         assert (plan.key_width + plan.value_width > 0) == (part < plan.parts)
 
@@ -329,7 +331,8 @@ def test_gpu_masks(shape, num_keys, value_dim, bits):
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_queries", [700, 1024])
 def test_gpu_more_work_than_blocks(monkeypatch, num_queries):
-    monkeypatch.setattr(expectation, "_MULTIPROCESSORS", 4)
+    for kernels in (expectation, expectation_backward):
+        monkeypatch.setattr(kernels, "_MULTIPROCESSORS", 4)
     assert_accurate(normal((2, num_queries, 3, 64), 500, 64, jnp.bfloat16), (None, None), 9)
 
 

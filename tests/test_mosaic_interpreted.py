@@ -172,12 +172,28 @@ BACKWARD = {
         with_value=False,
     ),
     "no-keys": dict(bits=8, shape=(2, 3, 1, 64), num_keys=5, value_dim=64, key_mask=first_row),
+    # More keys than blocks, which take one after another, some of them masked.
+    "1-block": dict(
+        blocks=1,
+        bits=9,
+        shape=(3, 150, 1, 16),
+        num_keys=300,
+        value_dim=16,
+        query_mask=first_row,
+        key_mask=prefix,
+    ),
+    "2-blocks-same-bits": dict(
+        blocks=2, bits=4, shape=(2, 140, 2, 80), num_keys=200, value_dim=32, deterministic=True
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BACKWARD)
-def test_backward(capsys, unchecked_shapes, case):
-    given, options = split(BACKWARD[case], deterministic=False, with_value=True)
+def test_backward(capsys, monkeypatch, unchecked_shapes, case):
+    given, options = split(BACKWARD[case], deterministic=False, with_value=True, blocks=None)
+    blocks = options.pop("blocks")
+    if blocks is not None:
+        monkeypatch.setattr(expectation_backward, "_MULTIPROCESSORS", blocks)
     args, masks, bits = inputs(**given)
     grads = expectation_backward.gradients(
         *args[:3], *masks, args[3], hash_code_len=bits, interpret=True, **options

@@ -1,7 +1,9 @@
 """Gradients of `E v` on tensor cores, in memory linear in the tokens.
 
 A block of threads keeps 64 keys and values for each of its compute warpgroups and goes through all
-queries, which a warpgroup of its own loads with the gradients of their results (TMA). Matrix
+queries, which a warpgroup of its own loads with the gradients of their results (TMA). Then it takes
+the next keys: there is one block a multiprocessor, and what is stored and loaded in between has
+something beside it. Matrix
 products are transposed: a row for each key. For a tile of queries each warpgroup evaluates the
 collision probabilities once more, and sums up the gradients of its keys and values. For the
 gradient of the queries each multiplies what all of them found with the keys, for a part of the
@@ -35,6 +37,8 @@ _MAX_COLUMNS = 64
 # What Hopper lends a block, less barriers and the scratch space of the compiler.
 _SHARED_BYTES = 223 * 1024
 _MAX_STAGES = 4
+# Blocks that run at a time: one a multiprocessor.
+_MULTIPROCESSORS = 132
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Plan:
       value_dim: D, a multiple of 16.
       hash_code_len: bits of a code.
       part: which columns of the gradients: these times 64, up to 64 of them.
+      has_key_mask: whether some keys may not be attended to.
       with_query: whether the gradient of the queries is wanted.
       with_value: whether that of the values is wanted.
     """
@@ -62,6 +67,7 @@ class Plan:
     value_dim: int
     hash_code_len: int
     part: int
+    has_key_mask: bool
     with_query: bool
     with_value: bool
 
@@ -112,8 +118,18 @@ class Plan:
 
     @property
     def key_blocks(self) -> int:
-        """Blocks of a head."""
+        """Times that a block takes keys of a head."""
         return -(-self.num_keys // self.block_keys)
+
+    @property
+    def num_items(self) -> int:
+        """The same of all heads."""
+        return self.batch * self.heads * self.key_blocks
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of threads."""
+        return min(_MULTIPROCESSORS, self.num_items)
 
     @property
     def stages(self) -> int:
@@ -151,12 +167,12 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
         key: Any,
         value: Any,
         grad_out: Any,
-        lengths: Any,
         scales: Any,
         ends: Any,
         *arrays_and_scratch: Any,
     ) -> None:
         refs = list(arrays_and_scratch)
+        key_mask: Any = refs.pop(0) if plan.has_key_mask else None
         grad_query: Any = refs.pop(0) if with_query else None
         grad_key: Any = refs.pop(0) if key_width else None
         grad_value: Any = refs.pop(0) if value_width else None
@@ -169,62 +185,75 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
 
         warpgroup = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
-        head, block = lax.div(block, plan.key_blocks), lax.rem(block, plan.key_blocks)
-        batch, n = lax.div(head, plan.heads), lax.rem(head, plan.heads)
-        first_key = block * plan.block_keys
-        steps = lax.div(ends[2 * batch] + tile - 1, tile)
-        steps = jnp.where(first_key < ends[2 * batch + 1], steps, 0)
+        num_items = lax.div(plan.num_items - block + plan.blocks - 1, plan.blocks)
+
+        def item(number: Any) -> tuple[Any, Any, Any, Any, Any]:
+            """Its head, with batch row and number in that, its first key, and tiles of queries."""
+            index = block + number * plan.blocks
+            head, first_key = lax.div(index, plan.key_blocks), lax.rem(index, plan.key_blocks)
+            first_key = first_key * plan.block_keys
+            batch, n = lax.div(head, plan.heads), lax.rem(head, plan.heads)
+            steps = lax.div(ends[2 * batch] + tile - 1, tile)
+            steps = jnp.where(first_key < ends[2 * batch + 1], steps, 0)
+            return head, batch, n, first_key, steps
 
         @pl.when(warpgroup == warpgroups)
         def _() -> None:
             plgpu.set_max_registers(24, action="decrease")
 
-            @pl.loop(0, steps)
-            def _(step: Any) -> None:
-                i, rows = lax.rem(step, stages), pl.ds(step * tile, tile)
+            def load_item(number: Any, first: Any) -> Any:
+                head, batch, n, _, steps = item(number)
 
-                @pl.when(step >= stages)
-                def _() -> None:
-                    plgpu.barrier_wait(used.at[i])
+                @pl.loop(0, steps)
+                def _(step: Any) -> None:
+                    i, rows = lax.rem(first + step, stages), pl.ds(step * tile, tile)
 
-                plgpu.copy_gmem_to_smem(query.at[batch, rows, n], query_tiles.at[i], loaded.at[i])
-                plgpu.copy_gmem_to_smem(grad_out.at[batch, rows, n], grad_tiles.at[i], loaded.at[i])
-                plgpu.copy_gmem_to_smem(scales.at[head, rows], scale_tiles.at[i], loaded.at[i])
+                    @pl.when(first + step >= stages)
+                    def _() -> None:
+                        plgpu.barrier_wait(used.at[i])
 
-            hardware.observe(used, steps - stages, steps)
+                    for array, tiles_ in ((query, query_tiles), (grad_out, grad_tiles)):
+                        here = array.at[batch, rows, n]
+                        plgpu.copy_gmem_to_smem(here, tiles_.at[i], loaded.at[i])
+                    plgpu.copy_gmem_to_smem(scales.at[head, rows], scale_tiles.at[i], loaded.at[i])
+
+                return first + steps
+
+            total = lax.fori_loop(0, num_items, load_item, jnp.int32(0))
+            hardware.observe(used, total - stages, total)
 
         @pl.when(warpgroup < warpgroups)
         def _() -> None:
             plgpu.set_max_registers(240, action="increase")
-            rows = pl.ds(first_key + warpgroup * ROWS, ROWS)
+            own_rows = pl.ds(warpgroup * ROWS, ROWS)
             mine = key_tiles.at[warpgroup], value_tiles.at[warpgroup]
-            for array, here in zip((key, value), mine, strict=True):
-                plgpu.copy_gmem_to_smem(array.at[batch, rows, n], here, keys_loaded.at[warpgroup])
-            length = plgpu.load(lengths.at[head, rows], layout=row, optimized=False)
-            attends = length > 0
-            length = jnp.where(attends, length, 1)
-            row_values = tiles.row_values(length, chain)
-            plgpu.barrier_wait(keys_loaded.at[warpgroup])
+
+            def load_keys(number: Any) -> None:
+                @pl.when(number < num_items)
+                def _() -> None:
+                    _, batch, n, first_key, _ = item(number)
+                    rows = pl.ds(first_key + warpgroup * ROWS, ROWS)
+                    for array, here in zip((key, value), mine, strict=True):
+                        barrier = keys_loaded.at[warpgroup]
+                        plgpu.copy_gmem_to_smem(array.at[batch, rows, n], here, barrier)
 
             def by_row(x: Any, width: int) -> Any:
                 return lax.broadcast_in_dim(x, (ROWS, width), [0])
 
-            def unit_keys() -> Any:
+            def unit_keys(length: Any) -> Any:
                 keys = plgpu.load(mine[0].at[:, key_columns], layout=layout)
                 return keys.astype(jnp.float32) * by_row(1 / length, key_width)
 
-            if with_query:
-                # For the other warpgroups they are ready when weights are.
-                unit_tile[pl.ds(warpgroup * ROWS, ROWS), :] = unit_keys().astype(dtype)
-
-            def add_query_gradient(step: Any) -> None:
-                part = pl.ds(warpgroup * ROWS, ROWS)
+            def add_query_gradient(head: Any, step: Any, count: Any) -> None:
+                # Where the compiler knows that tiles are in one place, it keeps the descriptors of
+                # their products in thirty registers.
+                zero = jnp.minimum(count, 0)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(written)
                 plgpu.barrier_wait(written)
 
                 def multiply(products: Any) -> Any:
-                    plgpu.wgmma(products, weight_tile.at[:, part].T, unit_tile)
+                    plgpu.wgmma(products, weight_tile.at[zero, :, own_rows].T, unit_tile.at[zero])
                     return products[...]
 
                 sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, key_width), jnp.float32))
@@ -237,7 +266,7 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
                     grad_query.at[head, pl.ds(step * tile + warpgroup * ROWS, ROWS)],
                 )
 
-            def add_key_gradients(i: Any, rows: Any, sums: Any) -> None:
+            def add_key_gradients(i: Any, rows: Any, sums: Any, row_values: Any) -> None:
                 def multiply(scores: Any, products: Any) -> Any:
                     plgpu.wgmma(scores, mine[0], query_tiles.at[i, rows].T)
                     plgpu.wgmma(products, mine[1], grad_tiles.at[i, rows].T)
@@ -254,53 +283,83 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
                     tokens = query_tiles.at[i, rows, key_columns]
                     hardware.multiply(sums[0], grads, tokens, staging)
                 if with_query:
-                    weight_tile[pl.ds(warpgroup * ROWS, ROWS), rows] = grads
+                    weight_tile[0, own_rows, rows] = grads
 
-            def go(*sums: Any) -> Any:
-                @pl.loop(0, steps)
-                def _(step: Any) -> None:
-                    i = lax.rem(step, stages)
-                    plgpu.barrier_wait(loaded.at[i])
-                    if with_query:
-
-                        @pl.when(step > 0)
-                        def _() -> None:
-                            plgpu.barrier_wait(read)
-
-                    for first in range(0, tile, plan.piece):
-                        add_key_gradients(i, pl.ds(first, plan.piece), sums)
-                    if with_query:
-                        add_query_gradient(step)
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(used.at[i])
-
+            def take_item(number: Any, first: Any) -> Any:
+                head, batch, n, first_key, steps = item(number)
+                rows = pl.ds(first_key + warpgroup * ROWS, ROWS)
+                attends = None
+                if key_mask is not None:
+                    attends = plgpu.load(key_mask.at[batch, rows], layout=row, optimized=False) > 0
+                plgpu.barrier_wait(keys_loaded.at[warpgroup])
+                keys = plgpu.load(mine[0], layout=layout).astype(jnp.float32)
+                length = tiles.lengths_of(jnp.sum(keys * keys, axis=1))
+                row_values = tiles.row_values(length, chain)
                 if with_query:
-                    hardware.observe(read, steps - 1, steps)
-                return [each[...] for each in sums]
 
-            widths = [width for width in (key_width, value_width) if width]
-            sums = pl.run_scoped(go, *[plgpu.ACC((ROWS, width), jnp.float32) for width in widths])
-            if key_width:
-                # Weights have the sign of the scales.
-                total = sums[0] * np.float32(-plan.hash_code_len / 2)
-                total = total * by_row(1 / length, key_width)
-                if plan.parts == 1:
-                    # Only what is orthogonal to a key changes its direction.
-                    unit = unit_keys()
-                    along = jnp.sum(total * unit, axis=1)
-                    total = total - by_row(along, key_width) * unit
-                total = jnp.where(by_row(attends, key_width), total, 0)
-                if plan.parts == 1:
-                    key_out[warpgroup] = total.astype(dtype)
-                else:
-                    grad_key[head, rows, :] = total
-            if value_width:
-                total = jnp.where(by_row(attends, value_width), sums[-1], 0)
-                value_out[warpgroup] = total.astype(dtype)
-            plgpu.commit_smem()
-            for staged, array in ((key_out, grad_key), (value_out, grad_value)):
-                if staged is not None:
-                    plgpu.copy_smem_to_gmem(staged.at[warpgroup], array.at[batch, rows, n])
+                    @pl.when(steps > 0)
+                    def _() -> None:
+                        # The other warpgroups are done with the keys before.
+                        pl.when(first > 0)(lambda: plgpu.barrier_wait(read))
+                        # For them these are ready when weights are.
+                        unit_tile[0, own_rows, :] = unit_keys(length).astype(dtype)
+
+                def go(*sums: Any) -> Any:
+                    @pl.loop(0, steps)
+                    def _(step: Any) -> None:
+                        i = lax.rem(first + step, stages)
+                        plgpu.barrier_wait(loaded.at[i])
+                        if with_query:
+                            pl.when(step > 0)(lambda: plgpu.barrier_wait(read))
+                        for start in range(0, tile, plan.piece):
+                            add_key_gradients(i, pl.ds(start, plan.piece), sums, row_values)
+                        if with_query:
+                            add_query_gradient(head, step, first + step)
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(used.at[i])
+
+                    return [each[...] for each in sums]
+
+                accumulators = [
+                    plgpu.ACC((ROWS, width), jnp.float32)
+                    for width in (key_width, value_width)
+                    if width
+                ]
+                sums = pl.run_scoped(go, *accumulators)
+                unit = unit_keys(length) if key_width and plan.parts == 1 else None
+                plgpu.commit_smem()
+                load_keys(number + 1)
+                # Results before are written.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                if key_width:
+                    # Weights have the sign of the scales.
+                    total = sums[0] * np.float32(-plan.hash_code_len / 2)
+                    total = total * by_row(1 / length, key_width)
+                    if unit is not None:
+                        # Only what is orthogonal to a key changes its direction.
+                        along = jnp.sum(total * unit, axis=1)
+                        total = total - by_row(along, key_width) * unit
+                    if attends is not None:
+                        total = jnp.where(by_row(attends, key_width), total, 0)
+                    if plan.parts == 1:
+                        key_out[warpgroup] = total.astype(dtype)
+                    else:
+                        grad_key[head, rows, :] = total
+                if value_width:
+                    total = sums[-1]
+                    if attends is not None:
+                        total = jnp.where(by_row(attends, value_width), total, 0)
+                    value_out[warpgroup] = total.astype(dtype)
+                plgpu.commit_smem()
+                for staged, array in ((key_out, grad_key), (value_out, grad_value)):
+                    if staged is not None:
+                        plgpu.copy_smem_to_gmem(staged.at[warpgroup], array.at[batch, rows, n])
+                return first + steps
+
+            load_keys(jnp.int32(0))
+            total = lax.fori_loop(0, num_items, take_item, jnp.int32(0))
+            if with_query:
+                hardware.observe(read, total - 1, total)
             plgpu.wait_smem_to_gmem(0)
 
     swizzled = functools.partial(tiles.shared, dtype)
@@ -327,9 +386,9 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
         scratch.append(swizzled(warpgroups, ROWS, value_width))
     if with_query:
         scratch += [
-            swizzled(tile, key_width),
+            swizzled(1, tile, key_width),
             # Of the same arrangement, as operands of one product.
-            swizzled(tile, tile, size=tiles.swizzle(2 * key_width)),
+            swizzled(1, tile, tile, size=tiles.swizzle(2 * key_width)),
             tiles.shared(np.dtype(np.float32), warpgroups, ROWS, key_width),
             plgpu.Barrier(num_arrivals=warpgroups),
             plgpu.Barrier(num_arrivals=warpgroups),
@@ -344,7 +403,7 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
             plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         ],
-        grid=(heads * plan.key_blocks,),
+        grid=(plan.blocks,),
         grid_names=("block",),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
@@ -454,16 +513,18 @@ def _gradients(
         value_dim=value.shape[-1],
         hash_code_len=hash_code_len,
         part=0,
+        has_key_mask=keys.mask is not None,
         with_query=with_query,
         with_value=with_value,
     )
     padded_keys = plan.key_blocks * plan.block_keys
     padded_queries = -(-query.shape[1] // plan.block_keys) * plan.block_keys
     derived = [
-        tiles.pad_to(tiles.masked_lengths(keys.lengths, keys.mask, heads), padded_keys),
         tiles.in_column_order(tiles.pad_to(-1 / queries.lengths, padded_queries)),
         tiles.ends_of(queries.mask, queries.tokens, keys.mask, keys.tokens),
     ]
+    if keys.mask is not None:
+        derived.append(tiles.pad_to(keys.mask.astype(jnp.float32), padded_keys))
     grad_keys, grad_values, sums = [], [], []
     for part in range(plan.parts):
         plan = dataclasses.replace(plan, part=part)

@@ -116,13 +116,6 @@ def lengths_of(squares: Array) -> Array:
     return jnp.where(norm <= _EPS, 1, jnp.clip(norm, _SHORTEST, _LONGEST))
 
 
-def masked_lengths(
-    lengths: Float[Array, "heads T"], mask: Bool[Array, "B T"] | None, num_heads: int
-) -> Float[Array, "heads T"]:
-    """0 for the tokens that take no part."""
-    return lengths if mask is None else jnp.where(jnp.repeat(mask, num_heads, axis=0), lengths, 0)
-
-
 def ends_of(
     query_mask: Bool[Array, "B T"] | None,
     query: Float[Array, "B T N H"],
