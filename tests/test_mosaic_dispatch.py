@@ -288,11 +288,13 @@ def numpy_call(program, *inputs):
 
 @pytest.fixture
 def in_numpy(monkeypatch, on_any_machine):
-    """Cumulation runs in NumPy, and XLA hashes: without rounding, as in its own implementation."""
+    """Lanes run in NumPy, and XLA hashes: without rounding, as in its own implementation."""
     monkeypatch.setattr(hopper, "only", lambda x: x)
     monkeypatch.setattr(hashing, "hash_tokens", operations.hash_tokens_by_xla)
     cumulate = functools.partial(cumulation.cumulate, call=numpy_call)
     monkeypatch.setattr(cumulation, "cumulate", cumulate)
+    tangents = functools.partial(operations.tangents, call=numpy_call)
+    monkeypatch.setattr(operations, "tangents", tangents)
 
     def xla_gradients(*args, deterministic, **options):
         return xla.surrogate_gradients(None, *args, **options)

@@ -175,7 +175,7 @@ def test_kernels_lower_for_cuda(case):
         expectation_backward.gradients, hash_code_len=hash_code_len, **options
     )
     parts = -(-max(head_dim, value_dim if chosen["with_value"] else 0) // 64)
-    # The gradient of the queries by kernels of its own, or the kernel of `add_tangents`.
+    # The gradient of the queries by kernels of its own, or the kernel of `tangents`.
     others = -(-head_dim // 64) if chosen["deterministic"] else 1
     assert lower(backward, *args, *masks, cotangent).count("@mosaic_gpu") == parts + others
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from yoso_jax.kernels.mosaic_gpu import lane_numpy
-from yoso_jax.kernels.mosaic_gpu.tangents import add_tangents
+from yoso_jax.kernels.mosaic_gpu.tangents import tangents
 
 
 def mosaic_call(program, *inputs):
@@ -25,20 +25,24 @@ def mosaic_call(program, *inputs):
     ],
 )
 @pytest.mark.parametrize(
-    ("dtype", "part_dtype", "columns", "num_parts", "heads_first", "masked"),
+    ("dtype", "part_dtype", "columns", "num_parts", "num_directions", "heads_first", "masked"),
     [
-        (jnp.bfloat16, jnp.bfloat16, 48, 3, False, True),
-        (jnp.bfloat16, jnp.float32, 64, 1, True, False),
-        (jnp.float16, jnp.float16, 256, 2, False, False),
+        (jnp.bfloat16, jnp.bfloat16, 48, 3, 1, False, True),
+        (jnp.bfloat16, jnp.float32, 64, 1, 1, True, False),
+        (jnp.float16, jnp.float16, 256, 2, 3, False, False),
     ],
 )
+@pytest.mark.parametrize("normed", [False, True])
 def test_only_what_is_orthogonal_is_left(
-    call, dtype, part_dtype, columns, num_parts, heads_first, masked
+    call, dtype, part_dtype, columns, num_parts, num_directions, heads_first, masked, normed
 ):
     batch, num_tokens, heads = 2, 7, 3
     rng = np.random.default_rng(0)
-    tokens = jnp.asarray(rng.standard_normal((batch, num_tokens, heads, columns)), dtype)
-    shape = tokens.shape
+    shape = batch, num_tokens, heads, columns
+    directions = rng.standard_normal((num_directions, *shape))
+    directions[:, 0, 1] = 0
+    norms = np.abs(rng.standard_normal(shape[:3]))
+    norms[1, 2] = 0
     if heads_first:
         shape = batch * heads, num_tokens + 3, columns
     parts = rng.standard_normal((num_parts, *shape))
@@ -47,23 +51,25 @@ def test_only_what_is_orthogonal_is_left(
         mask = np.arange(num_tokens) < np.array([3, 7])[:, None]
         # What is in the rows of masked tokens is whatever memory held.
         parts[:, ~mask] = np.nan
-    parts = jnp.asarray(parts, part_dtype)
-    exact = np.asarray(tokens, np.float64)
-    norms = np.linalg.norm(exact, axis=-1)
-    out = add_tangents(
+    parts, directions = jnp.asarray(parts, part_dtype), jnp.asarray(directions, dtype)
+    out = tangents(
         parts,
-        tokens,
-        jnp.asarray(norms.swapaxes(1, 2).reshape(-1, num_tokens), jnp.float32),
+        directions,
         None if mask is None else jnp.asarray(mask),
         factor=-2.5,
+        norms=jnp.asarray(norms, jnp.float32) if normed else None,
         heads_first=heads_first,
         call=call,
     )
-    total = np.asarray(parts, np.float64).sum(axis=0)
+    total, along = (np.asarray(x, np.float64).sum(axis=0) for x in (parts, directions))
     if heads_first:
         total = total.reshape(batch, heads, -1, columns)[:, :, :num_tokens].swapaxes(1, 2)
-    unit = exact / norms[..., None]
+    lengths = np.linalg.norm(along, axis=-1, keepdims=True)
+    unit = along / np.where(lengths > 0, lengths, 1)
     expected = -2.5 * (total - (total * unit).sum(axis=-1, keepdims=True) * unit)
+    if normed:
+        safe = np.where(norms > 0, norms, np.inf)
+        expected = expected / safe[..., None]
     if mask is not None:
         expected = np.where(mask[..., None, None], expected, 0)
     assert out.dtype == dtype

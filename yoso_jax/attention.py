@@ -19,7 +19,6 @@ from yoso_jax.kernels.codes import BitLayout
 from yoso_jax.kernels.dispatch import Implementation
 from yoso_jax.kernels.mosaic_gpu import hopper
 from yoso_jax.kernels.xla import l2_normalize as l2_normalize
-from yoso_jax.kernels.xla import l2_normalize_gradient
 
 
 def yoso_attention(
@@ -249,13 +248,13 @@ def _expectation_fwd(options: _Options, *args: Any) -> tuple:
 
 def _expectation_bwd(options: _Options, residuals: tuple, grad_out: Array) -> tuple:
     unit, norm, *args = residuals
-    if options.normalize:
-        grad_out = l2_normalize_gradient(unit, norm, grad_out)
     grads = dispatch.call(
         "expectation_backward",
         options.implementations,
         *args,
         grad_out,
+        unit,
+        norm,
         hash_code_len=options.hash_code_len,
     )
     return *grads, None, None
@@ -291,19 +290,18 @@ def _sampled_fwd(options: _Options, *args: Any) -> tuple:
 
 def _sampled_bwd(options: _Options, residuals: tuple, grad_out: Array) -> tuple:
     unit, norm, *args = residuals
-    if options.normalize:
-        grad_out = l2_normalize_gradient(unit, norm, grad_out)
     assert options.backward is not None
     grads = dispatch.call(
         "sampled_backward",
         options.implementations,
         *args,
         grad_out,
+        unit,
+        norm,
         hash_code_len=options.hash_code_len,
         backward=options.backward.kind,
         num_backward_hashes=options.backward.num_hashes,
         bucket_bits=options.backward.bucket_bits,
-        normalize=options.normalize,
     )
     return *grads, None, None, None
 

@@ -172,19 +172,23 @@ def sampled_backward(
     query_mask: Bool[Array, "B T"] | None,
     key_mask: Bool[Array, "B S"] | None,
     grad_out: Float[Array, "B T N D"],
+    unit: Float[Array, "B T N D"] | None,
+    norm: Float[Array, "B T N"] | None,
     *,
     hash_code_len: int,
     backward: str,
     num_backward_hashes: int,
     bucket_bits: int,
-    normalize: bool,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N D"]]:
     """Gradients of `sampled`; those of query and key are the ones that `backward` names.
 
-    `grad_out` is the gradient of `B v` before it is normalised. "bucketed" uses the first
-    `num_backward_hashes` hashes and the lowest `bucket_bits` bits of each. `normalize` says that
-    the rows were normalised, see `orthogonal`.
+    `unit` and `norm` are what `sampled` returned if rows were normalised (see `orthogonal`), else
+    None. "bucketed" uses the first `num_backward_hashes` hashes and the lowest `bucket_bits` bits
+    of each.
     """
+    normalize = norm is not None
+    if unit is not None and norm is not None:
+        grad_out = l2_normalize_gradient(unit, norm, grad_out)
     if not isinstance(codes, Codes):
         raise NotImplementedError(f"xla made no codes of type {type(codes).__name__}.")
     args = query, key, value, query_mask, key_mask, grad_out
@@ -258,10 +262,14 @@ def expectation_backward(
     query_mask: Bool[Array, "B T"] | None,
     key_mask: Bool[Array, "B S"] | None,
     grad_out: Float[Array, "B T N D"],
+    unit: Float[Array, "B T N D"] | None,
+    norm: Float[Array, "B T N"] | None,
     *,
     hash_code_len: int,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N D"]]:
-    """Gradients of `expectation`."""
+    """Gradients of `expectation`; `unit` and `norm` are its results if normalised, else None."""
+    if unit is not None and norm is not None:
+        grad_out = l2_normalize_gradient(unit, norm, grad_out)
     args = query, key, value, query_mask, key_mask, grad_out
     return surrogate_gradients(None, *args, hash_code_len=hash_code_len)
 

@@ -23,7 +23,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from yoso_jax.kernels import xla
 from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
 from yoso_jax.kernels.mosaic_gpu import sorting
 from yoso_jax.kernels.mosaic_gpu.collision_chain import Chain, collision_chain
@@ -38,7 +37,7 @@ from yoso_jax.kernels.mosaic_gpu.lane import (
 )
 from yoso_jax.kernels.mosaic_gpu.sorting import TILE, Words
 from yoso_jax.kernels.mosaic_gpu.swizzling import tile_offset
-from yoso_jax.kernels.mosaic_gpu.tangents import add_tangents
+from yoso_jax.kernels.mosaic_gpu.tangents import tangents
 from yoso_jax.kernels.mosaic_gpu.varying import vary_like
 
 # Blocks that run at a time: one a multiprocessor.
@@ -668,21 +667,19 @@ def bucketed_gradients(
         mine = queries
         if normalize:
             # Whatever the lengths of queries, that they are divided by: only directions matter.
-            rows = jnp.sum(sum_up(queries, keys, ranges[0], True).astype(jnp.float32), axis=0)
-            if query_mask is not None:
-                rows = jnp.where(query_mask[..., None, None], rows, 0)
-            mine = dataclasses.replace(queries, rows=xla.orthogonal(queries.rows, rows))
+            values = sum_up(queries, keys, ranges[0], True)
+            # As `xla.orthogonal`.
+            rows = tangents(queries.rows[None], values, query_mask, call=call)
+            mine = dataclasses.replace(queries, rows=rows)
         sides = (mine, keys, query, query_mask), (keys, mine, key, key_mask)
         grads = []
         for (side, other, x, mask), found in zip(sides, ranges, strict=True):
-            grad = add_tangents(
+            grad = tangents(
                 sum_up(side, other, found, False),
-                side.tokens,
-                side.lengths,
+                side.tokens[None],
                 mask,
                 # Weights have the sign of the scales.
                 factor=-hash_code_len / 2 / num_hashes,
-                heads_first=False,
                 call=call,
             )
             # Both branches of the choice below need the same types.

@@ -30,7 +30,7 @@ from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
 from yoso_jax.kernels.mosaic_gpu.collision_chain import collision_chain
 from yoso_jax.kernels.mosaic_gpu.expectation_hardware import Hopper, Interpreted
 from yoso_jax.kernels.mosaic_gpu.expectation_tiles import ROWS
-from yoso_jax.kernels.mosaic_gpu.tangents import add_tangents
+from yoso_jax.kernels.mosaic_gpu.tangents import tangents
 
 # Columns of the gradients that a warpgroup has registers for.
 _MAX_COLUMNS = 64
@@ -460,10 +460,9 @@ def gradients(
         from_queries, from_keys, with_query=True, with_value=with_value
     )
     # The sums are divided by the lengths of queries already.
-    grad_query = add_tangents(
+    grad_query = tangents(
         sums[None],
-        jnp.pad(query, [(0, 0)] * 3 + [(0, sums.shape[-1] - query.shape[-1])]),
-        from_queries.lengths,
+        jnp.pad(query, [(0, 0)] * 3 + [(0, sums.shape[-1] - query.shape[-1])])[None],
         None,
         factor=-hash_code_len / 2,
         heads_first=True,
@@ -499,7 +498,7 @@ def _gradients(
     with_value: bool,
     interpret: bool,
 ) -> tuple[Array, Any, Any]:
-    """Gradients of the keys and of their values, and sums for `add_tangents` of the queries."""
+    """Gradients of the keys and of their values, and sums for `tangents` of the queries."""
     batch, num_keys, heads, head_dim = keys.tokens.shape
     value_dim = keys.rows.shape[-1]
     query, grad_out = tiles.pad(queries.tokens), tiles.pad(queries.rows)

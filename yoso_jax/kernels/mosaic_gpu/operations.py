@@ -15,6 +15,7 @@ from yoso_jax.kernels.mosaic_gpu import buckets, cumulation, hashing, hopper, la
 from yoso_jax.kernels.mosaic_gpu.expectation import attend
 from yoso_jax.kernels.mosaic_gpu.expectation_backward import gradients
 from yoso_jax.kernels.mosaic_gpu.expectation_tiles import MAX_DIM
+from yoso_jax.kernels.mosaic_gpu.tangents import COLUMNS, tangents
 from yoso_jax.kernels.mosaic_gpu.varying import vary_like
 
 
@@ -91,12 +92,13 @@ def sampled_backward(
     query_mask: Bool[Array, "B T"] | None,
     key_mask: Bool[Array, "B S"] | None,
     grad_out: Float[Array, "B T N D"],
+    unit: Float[Array, "B T N D"] | None,
+    norm: Float[Array, "B T N"] | None,
     *,
     hash_code_len: int,
     backward: str,
     num_backward_hashes: int,
     bucket_bits: int,
-    normalize: bool,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N D"]]:
     """As `xla.sampled_backward`, with a kernel for the gradient of value.
 
@@ -107,6 +109,8 @@ def sampled_backward(
     """
     if not isinstance(hashes, Hashes):
         raise NotImplementedError(f"mosaic_gpu made no hashes of type {type(hashes).__name__}.")
+    normalize = norm is not None
+    grad_out = _before_normalizing(grad_out, unit, norm)
     query_codes, key_codes = hashes.codes(query, filler=0), hashes.codes(key, filler=1)
     grad_value = _cumulate(
         key_codes,
@@ -175,6 +179,8 @@ def expectation_backward(
     query_mask: Bool[Array, "B T"] | None,
     key_mask: Bool[Array, "B S"] | None,
     grad_out: Float[Array, "B T N D"],
+    unit: Float[Array, "B T N D"] | None,
+    norm: Float[Array, "B T N"] | None,
     *,
     hash_code_len: int,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N D"]]:
@@ -184,8 +190,24 @@ def expectation_backward(
       NotImplementedError: there is no kernel for the device, a shape or the dtype.
     """
     _check_expectation(query, value)
-    args = hopper.only(query), key, value, query_mask, key_mask, grad_out.astype(value.dtype)
+    grad_out = _before_normalizing(grad_out, unit, norm).astype(value.dtype)
+    args = hopper.only(query), key, value, query_mask, key_mask, grad_out
     return _gradients(*args, hash_code_len=hash_code_len)
+
+
+def _before_normalizing(grad_out: Array, unit: Array | None, norm: Array | None) -> Array:
+    """The gradient of rows before they were normalised, if they were."""
+    if unit is None or norm is None:
+        return grad_out
+    if not _has_tangents(unit):
+        return xla.l2_normalize_gradient(unit, norm, grad_out)
+    grad = tangents(grad_out.astype(unit.dtype)[None], unit[None], None, norms=norm)
+    return vary_like(grad, grad_out, unit, norm)
+
+
+def _has_tangents(rows: Array) -> bool:
+    """Whether `tangents` takes such rows."""
+    return rows.dtype in (jnp.bfloat16, jnp.float16) and rows.shape[-1] % COLUMNS == 0
 
 
 def _gradients(*args: Any, **options: Any) -> Any:
@@ -198,7 +220,10 @@ def _expected_gradients(*args: Any, hash_code_len: int, normalize: bool) -> tupl
     *inputs, grad_out = args
     if normalize:
         rows, _ = attend(*inputs, hash_code_len=hash_code_len, normalize=True)
-        grad_out = xla.orthogonal(grad_out, rows)
+        if _has_tangents(rows):
+            grad_out = tangents(grad_out.astype(rows.dtype)[None], rows[None], None)
+        else:
+            grad_out = xla.orthogonal(grad_out, rows)
     grad_out = grad_out.astype(inputs[2].dtype)
     return _gradients(*inputs, grad_out, hash_code_len=hash_code_len, with_value=False)[:2]
 

@@ -1,10 +1,17 @@
-"""The last step of a gradient of queries or keys: sums, without what changes a length only."""
+"""What is left of rows without their component along others.
+
+It is the last step of a gradient of queries or keys: what is parallel to a token changes its length
+only. It is that of the gradient through a normalisation, and of `xla.orthogonal`.
+"""
+
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from yoso_jax.kernels.mosaic_gpu.lane import (
+    F32,
     I32,
     WARPGROUP,
     Call,
@@ -16,45 +23,48 @@ from yoso_jax.kernels.mosaic_gpu.lane import (
 
 _WARPGROUPS = 2
 _THREADS = _WARPGROUPS * WARPGROUP
-# Columns of a row that a thread has.
-_COLUMNS = 8
+COLUMNS = 8
+"""Columns of a row that a thread has. Rows have a multiple of them."""
+
+# Sums of squares up to this, and norms up to its root, are taken for zero.
+_TINY = 1e-24
 
 
-def add_tangents(
+def tangents(
     parts: Float[Array, "P *rows columns"],
-    tokens: Float[Array, "B T N columns"],
-    lengths: Float[Array, "heads T"],
+    directions: Float[Array, "Q B T N columns"],
     mask: Bool[Array, "B T"] | None,
     *,
-    factor: float,
-    heads_first: bool,
-    call: Call,
+    factor: float = 1,
+    norms: Float[Array, "B T N"] | None = None,
+    heads_first: bool = False,
+    call: Call | None = None,
 ) -> Float[Array, "B T N columns"]:
-    """The sum of the parts times a factor, less its component along each token.
+    """The sum of the parts times a factor, less its component along the sum of the directions.
 
     Args:
       parts: `[P, B, T, N, columns]`, or with `heads_first` `[P, B * N, padded T, columns]`, float32
-        or the dtype of `tokens`.
-      tokens: bfloat16 or float16; columns are a multiple of 8.
-      lengths: l2 norms of the tokens, `[B * N, T]`.
-      mask: False for tokens whose result is zero, whatever their parts are; or None.
+        or the dtype of `directions`.
+      directions: bfloat16 or float16; columns are a multiple of `COLUMNS`. Sums of zeros have no
+        direction.
+      mask: False for tokens whose result is zero, whatever their rows are; or None.
       factor: what the sum is multiplied by.
+      norms: float32 to divide by, perhaps. The result is zero where they are about zero.
       heads_first: the order of the axes of `parts`.
-      call: runs programs, e.g. `lane_mosaic.call`.
+      call: what runs the program; the GPU by default.
 
     Returns:
-      In the dtype of `tokens`.
+      In the dtype of `directions`.
     """
-    batch, num_tokens, heads, columns = tokens.shape
-    num_parts, num_rows = parts.shape[0], batch * num_tokens * heads
-    lanes = columns // _COLUMNS
+    if call is None:
+        from yoso_jax.kernels.mosaic_gpu.lane_mosaic import call  # loads JAX's GPU dialects
+    batch, num_tokens, heads, columns = directions.shape[1:]
+    num_rows = batch * num_tokens * heads
+    lanes = columns // COLUMNS
     block_rows = _THREADS // lanes
-    part_dtype, dtype = parts.dtype, tokens.dtype
-    part_bytes = parts.nbytes // num_parts
-    row_bytes = columns * part_dtype.itemsize
-    words = _COLUMNS * part_dtype.itemsize // 4
+    dtype = directions.dtype
 
-    def add(
+    def tangent(
         lane: Lane,
         inputs: tuple[GlobalPointer, ...],
         outputs: tuple[GlobalPointer, ...],
@@ -67,48 +77,60 @@ def add_tangents(
         # Threads without a row of their own do as others do, but store nothing.
         row = lane.minimum(number, num_rows - 1)
         token, n = row // heads, row % heads
-        head, token_of_head = token // num_tokens * heads + n, token % num_tokens
-        sums = [lane.f32(0)] * _COLUMNS
+
+        def sum_up(array: Array, row: GlobalPointer) -> list[F32]:
+            words = COLUMNS * array.dtype.itemsize // 4
+            sums = [lane.f32(0)] * COLUMNS
+            for part in range(array.shape[0]):
+                place = row.at(piece, 4 * words).at(part, array.nbytes // array.shape[0])
+                loaded = [x for first in range(0, words, 4) for x in place.load(4, 4 * first)]
+                values = lane.unpack(loaded, array.dtype)
+                sums = [a + b for a, b in zip(sums, values, strict=True)]
+            return sums
+
+        row_bytes = columns * parts.dtype.itemsize
         place = inputs[0].at(row, row_bytes)
         if heads_first:
+            head, token_of_head = token // num_tokens * heads + n, token % num_tokens
             place = inputs[0].at(head, parts.shape[-2] * row_bytes).at(token_of_head, row_bytes)
-        place = place.at(piece, 4 * words)
-        for part in range(num_parts):
-            values = [
-                word
-                for first in range(0, words, 4)
-                for word in place.at(part, part_bytes).load(4, 4 * first)
-            ]
-            values = lane.unpack(values, part_dtype)
-            sums = [a + b for a, b in zip(sums, values, strict=True)]
-        (length,) = inputs[2].at(head, 4 * num_tokens).at(token_of_head, 4).load()
-        inverse = lane.f32(1) / lane.bitcast_f32(length)
-        mine = inputs[1].at(row, 2 * columns).at(piece, 2 * _COLUMNS).load(4)
-        units = [x * inverse for x in lane.unpack(mine, dtype)]
-        product = lane.f32(0)
-        for a, b in zip(sums, units, strict=True):
-            product = lane.fma(a, b, product)
-        products.at(thread, 4).store([lane.bitcast_i32(product)])
+        sums = sum_up(parts, place)
+        along = sum_up(directions, inputs[1].at(row, 2 * columns))
+        pair = [lane.f32(0)] * 2
+        for a, b in zip(sums, along, strict=True):
+            pair = [lane.fma(a, b, pair[0]), lane.fma(b, b, pair[1])]
+        products.at(thread, 8).store([lane.bitcast_i32(x) for x in pair])
         lane.barrier()
-        along = lane.f32(0)
+        pair = [lane.f32(0)] * 2
+        first = lane.minimum(here, block_rows - 1) * lanes
         for i in range(lanes):
-            (word,) = products.at(lane.minimum(here, block_rows - 1) * lanes + i, 4).load()
-            along += lane.bitcast_f32(word)
-        results = [(a - along * b) * factor for a, b in zip(sums, units, strict=True)]
+            words = products.at(first + i, 8).load(2)
+            pair = [a + lane.bitcast_f32(b) for a, b in zip(pair, words, strict=True)]
+        zero, one = lane.f32(0), lane.f32(1)
+        counts = pair[1] > _TINY
+        share = lane.select(counts, pair[0] / lane.select(counts, pair[1], one), zero)
+        scale = lane.f32(factor)
+        rest = list(inputs[2:])
+        if norms is not None:
+            norm = lane.bitcast_f32(rest.pop(0).at(row, 4).load()[0])
+            counts = norm > math.sqrt(_TINY)
+            scale = lane.select(counts, scale / lane.select(counts, norm, one), zero)
+        results = [(a - share * b) * scale for a, b in zip(sums, along, strict=True)]
         if mask is not None:
-            (takes_part,) = inputs[3].at(token, 4).load()
-            results = [lane.select(takes_part != 0, x, lane.f32(0)) for x in results]
+            (takes_part,) = rest.pop(0).at(token, 4).load()
+            results = [lane.select(takes_part != 0, x, zero) for x in results]
         with lane.when((here < block_rows) & (number < num_rows)):
-            target = outputs[0].at(row, 2 * columns).at(piece, 2 * _COLUMNS)
+            target = outputs[0].at(row, 2 * columns).at(piece, 2 * COLUMNS)
             target.store(lane.pack(results, dtype))
 
     program = Program(
-        "add_tangents",
-        add,
-        outputs=(jax.ShapeDtypeStruct(tokens.shape, dtype),),
+        "tangents",
+        tangent,
+        outputs=(jax.ShapeDtypeStruct(directions.shape[1:], dtype),),
         num_blocks=-(-num_rows // block_rows),
         num_warpgroups=_WARPGROUPS,
-        shared_bytes=4 * _THREADS,
+        shared_bytes=8 * _THREADS,
     )
-    masks = [] if mask is None else [mask.astype(jnp.int32)]
-    return jnp.asarray(call(program, parts, tokens, lengths, *masks)[0])
+    others = [] if norms is None else [norms]
+    if mask is not None:
+        others.append(mask.astype(jnp.int32))
+    return jnp.asarray(call(program, parts, directions, *others)[0])
