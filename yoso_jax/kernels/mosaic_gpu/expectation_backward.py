@@ -246,8 +246,8 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
 
             def add_query_gradient(head: Any, step: Any, count: Any) -> None:
                 # Where the compiler knows that tiles are in one place, it keeps the descriptors of
-                # their products in thirty registers.
-                zero = jnp.minimum(count, 0)
+                # their products in thirty registers, for which there is room without values.
+                zero = jnp.minimum(count, 0) if value_width else 0
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(written)
                 plgpu.barrier_wait(written)
