@@ -24,20 +24,23 @@ RNG = jax.random.key(3)
 @pytest.mark.parametrize("by_column", [False, True])
 def test_tokens_are_gathered_and_scattered(columns, count, by_column):
     """Of one head of two: what is gathered in sorted order is scattered to where it was."""
-    num_tokens, heads = 100, 2
+    num_tokens, heads, row_columns = 100, 2, 32
     layout = Words(num_tokens, 3)
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 2**15, (num_tokens, heads, columns)).astype(np.int16)
+    tokens, rows = (
+        rng.integers(1, 2**15, (num_tokens, heads, x)).astype(np.int16)
+        for x in (columns, row_columns)
+    )
     scales = rng.standard_normal(num_tokens).astype(np.float32)
     order = rng.permutation(num_tokens)[:TILE]
-    groups = np.sort(rng.integers(0, layout.nowhere + 1, TILE))
-    words = ((groups << layout.token_bits) | order).astype(np.int32)
-    tile_bytes = TILE * 2 * columns
+    words = ((5 << layout.token_bits) | order).astype(np.int32)
+    tile_bytes, row_bytes = TILE * 2 * columns, TILE * 2 * row_columns
 
     def body(lane, inputs, outputs, shared, _):
-        tile, copies = shared, shared.at(tile_bytes)
-        own, found = copies.at(4 * TILE), copies.at(8 * TILE)
-        thread = lane.thread_id()
+        tile, row_tile = shared, shared.at(tile_bytes)
+        copies = row_tile.at(row_bytes)
+        own = copies.at(4 * TILE)
+        thread, counted = lane.thread_id(), lane.i32(count)
         buckets.copy_words(lane, inputs[0], own, first=lane.i32(0), layout=Words(TILE, 3))
         lane.commit_copies()
         lane.wait_for_copies(0)
@@ -45,10 +48,10 @@ def test_tokens_are_gathered_and_scattered(columns, count, by_column):
         buckets.gather(
             lane,
             own,
-            [(inputs[1].at(1, 2 * columns), tile, columns)],
-            (inputs[2], copies),
-            found,
-            count=lane.i32(count),
+            (inputs[1].at(1, 2 * columns), tile, columns),
+            (inputs[2].at(1, 2 * row_columns), row_tile, row_columns),
+            (inputs[3], copies),
+            count=counted,
             stride=heads,
             layout=layout,
             by_column=by_column,
@@ -57,46 +60,50 @@ def test_tokens_are_gathered_and_scattered(columns, count, by_column):
         lane.wait_for_copies(0)
         lane.barrier()
         target = outputs[0].at(1, 2 * columns)
-        buckets.scatter(lane, own, tile, target, columns=columns, stride=heads, layout=layout)
+        options = dict(stride=heads, layout=layout)
+        buckets.scatter(lane, own, tile, target, count=counted, columns=columns, **options)
+        # All of them: those that do not count are zeros.
+        target = outputs[1].at(1, 2 * row_columns)
+        every = lane.i32(TILE)
+        buckets.scatter(lane, own, row_tile, target, count=every, columns=row_columns, **options)
         with lane.when(thread < TILE):
-            for i, pointer in enumerate((copies, found)):
-                outputs[1].at(thread + i * TILE, 4).store(pointer.at(thread, 4).load())
+            outputs[2].at(thread, 4).store(copies.at(thread, 4).load())
 
-    out = jax.ShapeDtypeStruct(tokens.shape, np.int16), jax.ShapeDtypeStruct((2, TILE), np.int32)
-    program = Program("test", body, out, 1, 1, shared_bytes=tile_bytes + 12 * TILE, incomplete=True)
-    scattered, known = lane_numpy.call(program, words, tokens, scales)
-    # Rows beyond the count repeat the last one, in no bucket.
-    rows = np.minimum(np.arange(TILE), count - 1)
+    out = (
+        jax.ShapeDtypeStruct(tokens.shape, np.int16),
+        jax.ShapeDtypeStruct(rows.shape, np.int16),
+        jax.ShapeDtypeStruct((TILE,), np.float32),
+    )
+    shared_bytes = tile_bytes + row_bytes + 8 * TILE
+    program = Program("test", body, out, 1, 1, shared_bytes=shared_bytes, incomplete=True)
+    scattered, scattered_rows, known = lane_numpy.call(program, words, tokens, rows, scales)
     if by_column:
         known = np.asarray(tiles.from_column_order(jnp.asarray(known)))
-    np.testing.assert_array_equal(known[0].view(np.float32), scales[order[rows]])
-    np.testing.assert_array_equal(known[1], np.where(np.arange(TILE) < count, groups, -1))
-    takes_part = groups < layout.nowhere
-    np.testing.assert_array_equal(
-        scattered[order[takes_part], 1], tokens[order[rows[takes_part]], 1]
-    )
-    others = np.setdiff1d(np.arange(num_tokens), order[takes_part])
-    assert not np.isin(scattered[others, 1], tokens).all(axis=-1).any()
+    # Beyond the count the last one is repeated.
+    np.testing.assert_array_equal(known, scales[order[np.minimum(np.arange(TILE), count - 1)]])
+    np.testing.assert_array_equal(scattered[order[:count], 1], tokens[order[:count], 1])
+    others = np.setdiff1d(np.arange(num_tokens), order[:count])
+    assert not (scattered[others, 1] == tokens[others, 1]).all(axis=-1).any()
+    np.testing.assert_array_equal(scattered_rows[order[:count], 1], rows[order[:count], 1])
+    assert not scattered_rows[order[count:], 1].any()
 
 
 @pytest.mark.parametrize("exponent", [0, 6])
 @pytest.mark.parametrize("has_products", [False, True])
 def test_weights_of_a_tile(exponent, has_products, unchecked_shapes):
-    """Probabilities of pairs in a bucket, or what unnormalised columns are weighed by."""
+    """Probabilities, or what unnormalised columns are weighed by."""
     rng = np.random.default_rng(0)
     lengths = np.exp(rng.uniform(-1, 1, 64)).astype(np.float32)
     column_lengths = np.exp(rng.uniform(-1, 1, 32)).astype(np.float32)
     cosine, products = rng.uniform(-0.7, 0.7, (64, 32)), rng.standard_normal((64, 32))
-    row_buckets, column_buckets = (rng.integers(3, size=n).astype(np.int32) for n in (64, 32))
     chain = collision_chain(exponent)
-    rows = np.stack([row_buckets.view(np.float32), *tiles.row_values(jnp.asarray(lengths), chain)])
+    rows = np.stack(tiles.row_values(jnp.asarray(lengths), chain))
     scores = cosine * lengths[:, None] * column_lengths
 
     def body(lane, inputs, outputs, shared, _):
         thread = lane.thread_id()
         with lane.when(thread < 32):
-            for i in (2, 3):
-                shared.at(thread + 32 * (i - 2), 4).store(inputs[i].at(thread, 4).load())
+            shared.at(thread, 4).store(inputs[2].at(thread, 4).load())
         lane.barrier()
         first = (thread >> 5) * 16 + ((thread >> 2) & 7)
         # In the order of a matrix product's registers.
@@ -109,35 +116,30 @@ def test_weights_of_a_tile(exponent, has_products, unchecked_shapes):
         def tile(pointer):
             return [load(pointer, x, r) for x, (_, r, _) in zip(column, place, strict=True)]
 
-        own, *values = [
-            [load(inputs[4], lane.i32(i), r) for r in range(2)] for i in range(len(rows))
-        ]
+        values = [[load(inputs[3], lane.i32(i), r) for r in range(2)] for i in range(len(rows))]
         out = buckets.weights(
             lane,
             tile(inputs[0]),
             tile(inputs[1]) if has_products else None,
             values,
-            own,
             shared,
-            shared.at(128),
             chain,
         )
         for each, (_, r, _), value in zip(column, place, out, strict=True):
             outputs[0].at(each * 64 + first, 4).store([lane.bitcast_i32(value)], 32 * r)
 
     out = jax.ShapeDtypeStruct((32, 64), jnp.float32)
-    program = Program("weights", body, (out,), num_blocks=1, num_warpgroups=1, shared_bytes=256)
+    program = Program("weights", body, (out,), num_blocks=1, num_warpgroups=1, shared_bytes=128)
     args = scores.T, products.T
     (out,) = lane_numpy.call(
         program,
         *(np.ascontiguousarray(x, np.float32) for x in args),
-        *(np.asarray(tiles.in_column_order(x)) for x in (-1 / column_lengths, column_buckets)),
+        np.asarray(tiles.in_column_order(-1 / column_lengths)),
         rows,
     )
     expected = (1 - np.arccos(cosine) / np.pi) ** exponent
     if has_products:
         expected = expected * products / -column_lengths
-    expected = np.where(row_buckets[:, None] == column_buckets, expected, 0)
     np.testing.assert_allclose(out.T, expected, rtol=3e-3, atol=1e-5)
 
 
@@ -186,10 +188,10 @@ def test_kernels_lower_for_cuda(t, s, h, d, bits, bucket_bits, hashes, normalize
 
     traced = jax.jit(run).trace(*args, *masks, grad_out)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    # Sorting each side by each digit; ranges, sums and the last step of each side; sums of values
-    # and the last step of the gradient without them.
+    # Sorting each side by each digit; buckets, tiles, sums and the last step of each side; sums of
+    # values and the last step of the gradient without them.
     sorts = 2 if bucket_bits > 6 else 1
-    assert text.count("@mosaic_gpu") == 2 * sorts + 6 + 2 * normalize
+    assert text.count("@mosaic_gpu") == 2 * sorts + 8 + 2 * normalize
 
 
 def test_what_is_not_supported():

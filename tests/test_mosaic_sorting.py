@@ -51,22 +51,27 @@ def test_sort_is_stable(call, num_tokens, bucket_bits):
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(("num_tokens", "bucket_bits"), CASES)
-def test_ranges_are_those_of_the_buckets_of_a_tile(call, num_tokens, bucket_bits):
+def test_tiles_are_of_one_bucket(call, num_tokens, bucket_bits):
     layout, other_layout = Words(num_tokens, bucket_bits), Words(2 * num_tokens + 1, bucket_bits)
-    buckets, others = draw(3, layout, 1), draw(3, other_layout, 2)
-    words, other_words = (
-        jnp.asarray(expected(*pair)) for pair in ((buckets, layout), (others, other_layout))
-    )
-    ranges = sorting.find_ranges(words, other_words, layout, other_layout, call=call)
-    assert ranges.shape == (3, layout.tiles, 2)
+    sides = (draw(3, layout, 1), layout), (draw(3, other_layout, 2), other_layout)
+    words = [expected(*side) >> side[1].token_bits for side in sides]
+    starts = [
+        sorting.find_buckets(jnp.asarray(expected(*side)), side[1], call=call) for side in sides
+    ]
+    for found, each in zip(starts, words, strict=True):
+        wanted = [np.searchsorted(row, np.arange(layout.nowhere + 1)) for row in each]
+        np.testing.assert_array_equal(found, wanted)
+    tiles = np.asarray(sorting.find_tiles(*starts, layout, call=call))
+    assert tiles.shape == (3, layout.tiles, 4)
     for row in range(3):
-        others_sorted = np.sort(others[row][others[row] < layout.nowhere])
-        for tile in range(layout.tiles):
-            mine = words[row, tile * TILE : (tile + 1) * TILE] >> layout.token_bits
-            start, end = ranges[row, tile]
-            shared = others_sorted[(others_sorted >= mine[0]) & (others_sorted <= mine[-1])]
-            assert end - start == shared.size
-            np.testing.assert_array_equal(others_sorted[start:end], shared)
+        wanted = []
+        for bucket in range(layout.nowhere):
+            mine, others = (np.flatnonzero(each[row] == bucket) for each in words)
+            theirs = [starts[1][row, bucket + i] for i in (0, 1)]
+            assert theirs[1] - theirs[0] == others.size
+            wanted += [[first, mine[-1] + 1, *theirs] for first in mine[::TILE]]
+        is_tile = tiles[row].any(axis=1)
+        np.testing.assert_array_equal(tiles[row][is_tile], np.reshape(wanted, (-1, 4)))
 
 
 def test_words_that_do_not_fit_are_told():

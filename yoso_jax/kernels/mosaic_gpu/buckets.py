@@ -1,9 +1,9 @@
 """Gradients of queries and keys from pairs that share a bucket, on tensor cores.
 
-For a hash, queries and keys are sorted by bucket. A warpgroup takes 64 neighbours of the sorted
-queries and goes through the keys of the buckets that they are in, in tiles of 64, which its threads
-gather from where they are. Of a tile it evaluates the weights (`docs/gradients.md`), sets those of
-pairs in different buckets to zero, and sums up the keys times weights. The rows of a hash go to the
+For a hash, queries and keys are sorted by bucket. A warpgroup takes up to 64 queries of a bucket
+and goes through its keys, in tiles of 64, which its threads gather from where they are. Of a tile
+it evaluates the weights (`docs/gradients.md`), and sums up the keys times weights. Behind the last
+key of a bucket there are values of zeros, so that no weight counts. The rows of a hash go to the
 places of their queries, and another kernel sums up the hashes. For the gradient of the keys the
 roles are exchanged, so that every sum has one owner and its bits are the same in every run. With
 weights that are probabilities alone it sums up values, see `xla.orthogonal`.
@@ -14,6 +14,7 @@ which say where tokens are, then the tokens.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -106,13 +107,13 @@ class Plan:
         """Warpgroups of a block; each has tiles of its own."""
         most = 3 if self.head_dim <= 64 else 2 if self.head_dim <= 128 else 1
         # Of each side a tile in use, and the next one.
-        tile_bytes = 4 * TILE * (2 * self.head_dim + 2 * self.value_dim + 8)
+        tile_bytes = 4 * TILE * (2 * self.head_dim + 2 * self.value_dim + 4)
         tile_bytes += _WORD_TILES * TILE * 4
         return min(most, _SHARED_BYTES // tile_bytes)
 
     @property
     def items(self) -> int:
-        """Tiles of all heads and hashes."""
+        """Places for tiles of all heads and hashes."""
         return self.batch * self.heads * self.num_hashes * self.layout.tiles
 
     @property
@@ -139,48 +140,50 @@ def copy_words(
 def gather(
     lane: Lane,
     words: SharedPointer,
-    sources: list[tuple[GlobalPointer, SharedPointer, int]],
+    tokens: tuple[GlobalPointer, SharedPointer, int],
+    rows: tuple[GlobalPointer, SharedPointer, int],
     numbers: tuple[GlobalPointer, SharedPointer],
-    buckets: SharedPointer,
     *,
     count: I32,
     stride: int,
     layout: Words,
     by_column: bool,
 ) -> None:
-    """Starts to copy what belongs to the tokens of a tile, and stores their buckets.
+    """Starts to copy what belongs to the tokens of a tile.
 
     Args:
       lane: a thread of a warpgroup.
       words: to the 64 words of the tile.
-      sources: for each array the row of the head's first token, the tile that it is copied to in
-        the arrangement that matrix products read, and the number of its columns.
+      tokens: the row of the head's first token, the tile that tokens are copied to in the
+        arrangement that matrix products read, and the number of its columns.
+      rows: the same of the rows of tokens.
       numbers: to a float32 of each token of the head, and to the 64 of them that are copied.
-      buckets: to the 64 buckets.
-      count: words that count, at least 1. Later rows repeat the last of them, in bucket -1.
+      count: words that count, at least 1. Later tokens and numbers repeat the last of them, rows
+        are zeros.
       stride: columns of all heads of a token, by columns of a head.
       layout: of the words.
-      by_column: numbers and buckets are in the order of `tiles.in_column_order`.
+      by_column: numbers are in the order of `tiles.in_column_order`.
     """
     thread = lane.thread_id() & (WARPGROUP - 1)
 
     def word_at(row: I32) -> I32:
         return words.at(lane.minimum(row, count - 1), 4).load()[0]
 
-    for source, tile, columns in sources:
+    for source, tile, columns in (tokens, rows):
         places = _places(thread, columns)
         # All at once: each takes a while.
-        tokens = [layout.token(word_at(row)) for row, _ in places]
-        for (row, byte), token in zip(places, tokens, strict=True):
+        numbers_of_tokens = [layout.token(word_at(row)) for row, _ in places]
+        for (row, byte), token in zip(places, numbers_of_tokens, strict=True):
             offset = tile_offset(row, byte, row_bytes=2 * columns)
-            tile.at(offset).start_copy(source.at(token, 2 * columns * stride).at(byte, 1), _PIECE)
+            tile.at(offset).start_copy(
+                source.at(token, 2 * columns * stride).at(byte, 1),
+                _PIECE,
+                where=row < count if tile is rows[1] else None,
+            )
     known, copies = numbers
     with lane.when(thread < TILE):
-        word = word_at(thread)
         place = tiles.place_of_column(thread) if by_column else thread
-        copies.at(place, 4).start_copy(known.at(layout.token(word), 4), 4)
-        bucket = lane.select(thread < count, layout.bucket(word), lane.i32(-1))
-        buckets.at(place, 4).store([bucket])
+        copies.at(place, 4).start_copy(known.at(layout.token(word_at(thread)), 4), 4)
 
 
 def scatter(
@@ -189,17 +192,19 @@ def scatter(
     tile: SharedPointer,
     target: GlobalPointer,
     *,
+    count: I32,
     columns: int,
     stride: int,
     layout: Words,
 ) -> None:
-    """Stores the rows of a tile at the places of their tokens, if they take part.
+    """Stores the rows of a tile at the places of their tokens.
 
     Args:
       lane: a thread of a warpgroup.
       words: to the 64 words of the tile.
       tile: the rows, as `gather` arranges them.
       target: to the row of the head's first token.
+      count: rows to store.
       columns: of a row.
       stride: columns of all heads of a token, by columns of a head.
       layout: of the words.
@@ -207,7 +212,7 @@ def scatter(
     for row, byte in _places(lane.thread_id() & (WARPGROUP - 1), columns):
         (word,) = words.at(row, 4).load()
         piece = tile.at(tile_offset(row, byte, row_bytes=2 * columns)).load(_PIECE // 4)
-        with lane.when(layout.bucket(word) < layout.nowhere):
+        with lane.when(row < count):
             target.at(layout.token(word), 2 * columns * stride).at(byte, 1).store(piece)
 
 
@@ -223,44 +228,35 @@ def weights(
     scores: list[F32],
     products: list[F32] | None,
     rows: list[list[F32]],
-    row_buckets: list[F32],
     scales: SharedPointer,
-    buckets: SharedPointer,
     chain: Chain,
 ) -> list[F32]:
     """What a thread has of the weights of a tile.
 
-    They are zero for tokens in different buckets. With products they have the scales as factors,
-    also of the sign, since the tokens that they weigh are to be divided by their lengths.
+    With products they have the scales as factors, also of the sign, since the tokens that they
+    weigh are to be divided by their lengths.
 
     Args:
       lane: a thread of a warpgroup.
       scores: products of tokens, as in `tiles.probabilities`.
       products: products of their rows; None for ones.
       rows: of the two rows, what `tiles.row_values` gives.
-      row_buckets: the buckets of the two rows.
       scales: to -1 / length of the columns, in their order in `tiles.in_column_order`.
-      buckets: to the buckets of the columns, in the same order.
       chain: of the power of the collision probability.
     """
-    places = range(len(scores))
     if chain.steps:
         pieces = list(tiles.probabilities(lane, scores, rows, scales, chain))
         factors = [factor for piece, _ in pieces for factor in piece]
         column_scales = [scale for _, piece in pieces for scale in piece]
     else:
         factors = [lane.f32(1)] * len(scores)
-        column_scales = [lane.bitcast_f32(x) for x in tiles.of_columns(lane, scales, places)]
-    if products is not None:
-        factors = [
-            factor * scale * product
-            for factor, scale, product in zip(factors, column_scales, products, strict=True)
-        ]
-    own = [lane.bitcast_i32(each) for each in row_buckets]
-    others = tiles.of_columns(lane, buckets, places)
+        places = tiles.of_columns(lane, scales, range(len(scores)))
+        column_scales = [lane.bitcast_f32(x) for x in places]
+    if products is None:
+        return factors
     return [
-        lane.select(own[i // 2 % 2] == other, factor, lane.f32(0))
-        for i, (other, factor) in enumerate(zip(others, factors, strict=True))
+        factor * scale * product
+        for factor, scale, product in zip(factors, column_scales, products, strict=True)
     ]
 
 
@@ -299,11 +295,11 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
     def make_gather(words_layout: Words, *, by_column: bool) -> Any:
         tile_types = tile_type(plan.head_dim), tile_type(plan.value_dim)
 
-        @plgpu.inline_mgpu(arg_types=(*[plain] * 4, *tile_types, plain, plain, *[scalar] * 5))
+        @plgpu.inline_mgpu(arg_types=(*[plain] * 4, *tile_types, plain, *[scalar] * 5))
         def start(_: Any, *args: Any) -> None:
             lane = MosaicLane(warpgroups * WARPGROUP)
             words, *arrays = args[:4]
-            batch, n, words_slot, slot, count = (I32(lane, x.registers.item()) for x in args[8:])
+            batch, n, words_slot, slot, count = (I32(lane, x.registers.item()) for x in args[7:])
             tokens, rows, known = (lane.global_pointer(x, writable=False) for x in arrays)
             sources = []
             for source, tile, columns in (
@@ -315,13 +311,12 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
                 pointer = lane.shared_pointer(tile).at(slot, TILE * row_bytes)
                 sources.append((source.at(n, row_bytes), pointer, columns))
             known = known.at(batch * plan.heads + n, 4 * words_layout.num_tokens)
-            copies, buckets = (lane.shared_pointer(x).at(slot, 4 * TILE) for x in args[6:8])
             gather(
                 lane,
                 lane.shared_pointer(words).at(words_slot, 4 * TILE),
-                sources,
-                (known, copies),
-                buckets,
+                sources[0],
+                sources[1],
+                (known, lane.shared_pointer(args[6]).at(slot, 4 * TILE)),
                 count=count,
                 stride=plan.heads,
                 layout=words_layout,
@@ -340,10 +335,11 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
         lane.commit_copies()
         lane.wait_for_copies(0)
 
-    @plgpu.inline_mgpu(arg_types=(plain, tile_type(plan.columns), plain, *[scalar] * 5))
+    @plgpu.inline_mgpu(arg_types=(plain, tile_type(plan.columns), plain, *[scalar] * 6))
     def store_rows(_: Any, words: Any, tile: Any, out: Any, *scalars: Any) -> None:
         lane = MosaicLane(warpgroups * WARPGROUP)
-        number, batch, n, words_slot, slot = (I32(lane, x.registers.item()) for x in scalars)
+        values = (I32(lane, x.registers.item()) for x in scalars)
+        number, batch, n, words_slot, slot, count = values
         row_bytes = 2 * plan.columns
         batch_bytes = plan.layout.num_tokens * plan.heads * row_bytes
         target = lane.global_pointer(out, writable=True).at(number, plan.batch * batch_bytes)
@@ -352,6 +348,7 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
             lane.shared_pointer(words).at(words_slot, 4 * TILE),
             lane.shared_pointer(tile).at(slot, TILE * row_bytes),
             target.at(batch, batch_bytes).at(n, row_bytes),
+            count=count,
             columns=plan.columns,
             stride=plan.heads,
             layout=plan.layout,
@@ -360,22 +357,19 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
     num_products = 1 if plan.sums_rows else 2
 
     @plgpu.inline_mgpu(
-        arg_types=(*[layout] * num_products, plain, plain, *[row_layout] * 3),
+        arg_types=(*[layout] * num_products, plain, *[row_layout] * 2),
         return_type=plgpu.ShapeDtypeStruct((TILE, TILE), dtype, layout=layout),
     )
     def weigh(_: Any, *args: Any) -> Any:
         lane = MosaicLane(warpgroups * WARPGROUP)
         (scores, *products), rest = args[:num_products], args[num_products:]
-        scales, buckets, *rows = rest
-        row_buckets, *row_values = (read_registers(lane, each) for each in rows)
+        scales, *rows = rest
         values = weights(
             lane,
             read_registers(lane, scores),
             read_registers(lane, *products) if products else None,
-            row_values,
-            row_buckets,
+            [read_registers(lane, each) for each in rows],
             lane.shared_pointer(scales),
-            lane.shared_pointer(buckets),
             chain,
         )
         return write_words(lane.pack(values, dtype), scores, dtype)
@@ -394,11 +388,9 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
         token_tiles: Any,
         row_tiles: Any,
         length_tiles: Any,
-        bucket_tiles: Any,
         other_token_tiles: Any,
         other_row_tiles: Any,
         scale_tiles: Any,
-        other_bucket_tiles: Any,
         word_tiles: Any,
     ) -> None:
         own_tiles = row_tiles if plan.sums_rows else token_tiles
@@ -427,14 +419,16 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
             head = lax.div(row, plan.num_hashes)
             return row, tile, lax.div(head, plan.heads), lax.rem(head, plan.heads)
 
-        def range_of(number: Any) -> tuple[Any, Any]:
+        def range_of(number: Any) -> tuple[Any, Any, Any, Any]:
+            """Position and number of an item's own words, and first and end of the others."""
             row, tile, _, _ = places_of(number)
-            first, end = ranges[row, tile, 0], ranges[row, tile, 1]
-            return first, jnp.where(number < num_items, end, -1)
+            mine, end, first, other_end = (ranges[row, tile, i] for i in range(4))
+            count = jnp.where(number < num_items, jnp.minimum(end - mine, TILE), 0)
+            return mine, count, first, jnp.where(count > 0, other_end, first)
 
-        def load_words(number: Any, first: Any) -> None:
-            row, tile, _, _ = places_of(number)
-            copy_row_words(words, word_tiles, row, item_words(number), tile * TILE)
+        def load_words(number: Any, mine: Any, first: Any) -> None:
+            row, _, _, _ = places_of(number)
+            copy_row_words(words, word_tiles, row, item_words(number), mine)
             copy_column_words(other_words, word_tiles, row, first_words, first)
 
         def load_step(
@@ -450,7 +444,6 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
                 other_token_tiles,
                 other_row_tiles,
                 scale_tiles,
-                other_bucket_tiles,
                 batch,
                 n,
                 words_slot,
@@ -460,10 +453,10 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
             following = first + (step + 1) * TILE
             copy_column_words(other_words, word_tiles, row, step_words(slot + 1), following)
 
-        def load_item(number: Any, first: Any, end: Any, slot: Any) -> None:
+        def load_item(number: Any, count: Any, first: Any, end: Any, slot: Any) -> None:
             """The tokens of an item, whose words are there, and the first tile of the others."""
 
-            @pl.when(end >= 0)
+            @pl.when(count > 0)
             def _() -> None:
                 _, _, batch, n = places_of(number)
                 gather_rows(
@@ -474,12 +467,11 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
                     token_tiles,
                     row_tiles,
                     length_tiles,
-                    bucket_tiles,
                     batch,
                     n,
                     item_words(number),
                     two(number),
-                    jnp.int32(TILE),
+                    count,
                 )
 
             @pl.when(end > first)
@@ -492,16 +484,15 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
             plgpu.commit_smem()
 
         def go(number: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            first, end, next_first, next_end, slot = carry
-            steps = jnp.maximum(lax.div(end - first + TILE - 1, TILE), 0)
+            count, first, end, next_mine, next_count, next_first, next_end, slot = carry
+            steps = lax.div(end - first + TILE - 1, TILE)
             later = range_of(number + 2)
-            load_words(number + 1, next_first)
+            load_words(number + 1, next_mine, next_first)
 
-            @pl.when(end >= 0)
+            @pl.when(count > 0)
             def _() -> None:
                 mine = two(number)
                 length = plgpu.load(length_tiles.at[mine], layout=row_layout, optimized=False)
-                buckets = plgpu.load(bucket_tiles.at[mine], layout=row_layout, optimized=False)
                 row_values = tiles.row_values(length, chain)
 
                 def add_up(sums: Any) -> Any:
@@ -527,8 +518,6 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
                         taken = weigh(
                             *products,
                             scale_tiles.at[other],
-                            other_bucket_tiles.at[other],
-                            buckets,
                             *row_values,
                         )
                         plgpu.wgmma(sums, taken, summed_tiles.at[other])
@@ -542,35 +531,34 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
                 own_tiles[mine] = sums.astype(dtype)
 
             pl.when(steps == 0)(wait)
-            load_item(number + 1, next_first, next_end, slot + steps)
+            load_item(number + 1, next_count, next_first, next_end, slot + steps)
 
-            @pl.when(end >= 0)
+            @pl.when(count > 0)
             def _() -> None:
                 row, _, batch, n = places_of(number)
                 plgpu.commit_smem()
                 hash_number = lax.rem(row, plan.num_hashes)
                 mine = item_words(number), two(number)
-                store_rows(word_tiles, own_tiles, out, hash_number, batch, n, *mine)
+                store_rows(word_tiles, own_tiles, out, hash_number, batch, n, *mine, count)
 
             wait()
-            return next_first, next_end, *later, slot + steps
+            return next_count, next_first, next_end, *later, slot + steps
 
         @pl.when(num_items > 0)
         def _() -> None:
             zero = jnp.int32(0)
-            first, end = range_of(zero)
+            mine, count, first, end = range_of(zero)
             following = range_of(zero + 1)
-            load_words(zero, first)
+            load_words(zero, mine, first)
             wait()
-            load_item(zero, first, end, zero)
+            load_item(zero, count, first, end, zero)
             wait()
-            lax.fori_loop(0, num_items, go, (first, end, *following, zero))
+            lax.fori_loop(0, num_items, go, (count, first, end, *following, zero))
 
     swizzled = functools.partial(tiles.shared, dtype)
     side = [
         swizzled(2 * warpgroups, TILE, plan.head_dim),
         swizzled(2 * warpgroups, TILE, plan.value_dim),
-        plgpu.SMEM((2 * warpgroups, TILE), jnp.float32),
         plgpu.SMEM((2 * warpgroups, TILE), jnp.float32),
     ]
     return plgpu.kernel(
@@ -636,9 +624,10 @@ def bucketed_gradients(
     keys = make_side(key_codes, key, value, key_mask)
     num_hashes = query_codes.shape[-1]
     arrays = query_codes, key_codes, query, key, value, query_mask, key_mask, grad_out
+    starts = [sorting.find_buckets(x.words, x.layout, call=call) for x in (queries, keys)]
     ranges = [
-        sorting.find_ranges(side.words, other.words, side.layout, other.layout, call=call)
-        for side, other in ((queries, keys), (keys, queries))
+        sorting.find_tiles(mine, others, side.layout, call=call)
+        for side, mine, others in ((queries, *starts), (keys, *starts[::-1]))
     ]
 
     def sum_up(side: Side, other: Side, mine: Array, sums_rows: bool) -> Array:
@@ -689,11 +678,11 @@ def bucketed_gradients(
     if dense is None:
         return of_buckets()
     # A tile of one side's sums and a tile of both in `dense` take about the same time.
-    lengths = jnp.concatenate([(r[..., 1] - r[..., 0]).reshape(-1) for r in ranges])
-    pairs = jnp.sum(-(-lengths // TILE), dtype=jnp.float32)
+    others = jnp.concatenate([(r[..., 3] - r[..., 2]).reshape(-1) for r in ranges])
+    pairs = vary_like(jnp.sum(-(-others // TILE), dtype=jnp.float32), *arrays)
     heads = query.shape[0] * query.shape[2]
-    pairs = vary_like(pairs, *arrays)
-    return lax.cond(pairs > heads * queries.layout.tiles * keys.layout.tiles, dense, of_buckets)
+    all_pairs = heads * math.prod(-(-x.shape[1] // TILE) for x in (query, key))
+    return lax.cond(pairs > all_pairs, dense, of_buckets)
 
 
 def _plan(

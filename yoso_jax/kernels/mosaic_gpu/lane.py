@@ -237,11 +237,19 @@ class SharedPointer(_Value):
         _check_access(len(words), offset)
         self.lane._store_shared(self.raw, [word.raw for word in words], offset)
 
-    def start_copy(self, source: GlobalPointer, num_bytes: int = 16) -> None:
-        """Begins to copy 4, 8 or 16 bytes of an input; `Lane.wait_for_copies` waits for the end."""
+    def start_copy(
+        self, source: GlobalPointer, num_bytes: int = 16, *, where: Pred | None = None
+    ) -> None:
+        """Begins to copy 4, 8 or 16 bytes of an input; `Lane.wait_for_copies` waits for the end.
+
+        Zeros are stored where `where` does not hold; the source must be an input's there, too.
+        """
         if num_bytes not in (4, 8, 16):
             raise ValueError(f"num_bytes must be 4, 8 or 16, got {num_bytes}.")
-        self.lane._start_copy(self.raw, source.raw, num_bytes)
+        size = None
+        if where is not None:
+            size = self.lane.select(where, self.lane.i32(num_bytes), self.lane.i32(0)).raw
+        self.lane._start_copy(self.raw, source.raw, num_bytes, size)
 
     def add(self, value: I32, offset: int = 0) -> None:
         """Adds to the word at `offset` bytes from here, atomically."""
@@ -438,7 +446,7 @@ class Lane(abc.ABC):
     def _store_shared(self, address: Any, words: list, offset: int) -> None: ...
 
     @abc.abstractmethod
-    def _start_copy(self, address: Any, source: Any, num_bytes: int) -> None: ...
+    def _start_copy(self, address: Any, source: Any, num_bytes: int, size: Any) -> None: ...
 
     @abc.abstractmethod
     def _reduce_shared(self, name: str, address: Any, value: Any, offset: int) -> None: ...

@@ -217,11 +217,16 @@ class MosaicLane(Lane):
     def _store_shared(self, address: ir.Value, words: list[ir.Value], offset: int) -> None:
         self._store("shared", address, words, offset)
 
-    def _start_copy(self, address: ir.Value, source: ir.Value, num_bytes: int) -> None:
+    def _start_copy(
+        self, address: ir.Value, source: ir.Value, num_bytes: int, size: ir.Value | None
+    ) -> None:
         # Only whole vectors can bypass the L1 cache.
         cache = "cg" if num_bytes == 16 else "ca"
-        instruction = f"cp.async.{cache}.shared.global [$0], [$1], {num_bytes};"
-        utils.inline_ptx(instruction, address, source)
+        instruction = f"cp.async.{cache}.shared.global [$0], [$1], {num_bytes}"
+        if size is None:
+            utils.inline_ptx(f"{instruction};", address, source)
+        else:
+            utils.inline_ptx(f"{instruction}, $2;", address, source, size)
 
     def _reduce_shared(self, name: str, address: ir.Value, value: ir.Value, offset: int) -> None:
         utils.inline_ptx(f"red.shared.{name}.s32 [$0+{offset}], $1;", address, value)

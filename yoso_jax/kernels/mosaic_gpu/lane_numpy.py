@@ -324,10 +324,17 @@ class NumpyLane(Lane):
         self._store(self._memories[-1], address + offset, words)
 
     def _start_copy(
-        self, address: np.ndarray, source: tuple[_Memory, np.ndarray], num_bytes: int
+        self,
+        address: np.ndarray,
+        source: tuple[_Memory, np.ndarray],
+        num_bytes: int,
+        size: np.ndarray | None,
     ) -> None:
         num_words = num_bytes // 4
-        self._store_shared(address, self._load_global(source, num_words, 0, False, False), 0)
+        loaded = self._load_global(source, num_words, 0, False, False)
+        if size is not None:
+            loaded = [np.where(size > 0, word, 0) for word in loaded]
+        self._store_shared(address, loaded, 0)
         words = self._words(self._memories[-1], address, num_words)
         self._memories[-1].arriving[words] = True
         self._copies[-1].append(words)

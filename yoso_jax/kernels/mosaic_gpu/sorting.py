@@ -21,12 +21,13 @@ from yoso_jax.kernels.mosaic_gpu.lane import (
     Call,
     GlobalPointer,
     Lane,
+    Pred,
     Program,
     SharedPointer,
 )
 
 TILE = 64
-"""Words of a tile, for which `find_ranges` finds the words of the other side."""
+"""The most words of a tile, see `find_tiles`."""
 
 _WARPGROUPS = 2
 _THREADS = _WARPGROUPS * WARPGROUP
@@ -82,8 +83,8 @@ class Words:
 
     @property
     def tiles(self) -> int:
-        """Tiles that have tokens."""
-        return -(-self.num_tokens // TILE)
+        """Places for tiles of words that share a bucket, of which some remain empty."""
+        return self.num_tokens // TILE + min(self.nowhere, self.num_tokens)
 
     def make(self, buckets: Int[Array, "rows tokens"]) -> Int[Array, "rows length"]:
         """Words of tokens in order, and the padding: token 0 in the bucket of no part."""
@@ -281,30 +282,68 @@ def _sort_program(digit: _Digit) -> Program:
     return digit.program(sort_words, digit.shape, table_words + _THREADS)
 
 
-def find_ranges(
-    words: Int[Array, "rows length"],
-    others: Int[Array, "rows other_length"],
-    layout: Words,
-    other_layout: Words,
-    *,
-    call: Call,
-) -> Int[Array, "rows tiles 2"]:
-    """For each tile of `words` the first and the end of those `others` that share its buckets.
+def find_buckets(
+    words: Int[Array, "rows length"], layout: Words, *, call: Call
+) -> Int[Array, "rows starts"]:
+    """Where each bucket begins.
 
     Args:
       words: sorted.
-      others: sorted, of the other side.
-      layout: of `words`.
-      other_layout: of `others`; `bucket_bits` is the same.
+      layout: of the words.
       call: runs programs.
 
     Returns:
-      Positions in a row of `others`; equal if there are none, -1 if no token of the tile takes
-      part.
+      For each row the position of the first word of each bucket, or of the next one that has any,
+      and of what is in no bucket: `2 ** bucket_bits + 1` numbers.
     """
     rows, length = words.shape
-    tiles, other_length = layout.tiles, others.shape[1]
-    num_ranges = rows * tiles
+    starts = layout.nowhere + 1
+
+    def find(
+        lane: Lane,
+        inputs: tuple[GlobalPointer, ...],
+        outputs: tuple[GlobalPointer, ...],
+        _: SharedPointer,
+        block: I32,
+    ) -> None:
+        number = block * WARPGROUP + lane.thread_id()
+        with lane.when(number < rows * starts):
+            mine = inputs[0].at(number // starts, 4 * length)
+            word = number % starts << layout.token_bits
+            position = _count_while(lane, length, lambda i: mine.at(i, 4).load()[0] < word)
+            outputs[0].at(number, 4).store([position])
+
+    program = Program(
+        "find_buckets",
+        find,
+        outputs=(jax.ShapeDtypeStruct((rows, starts), np.int32),),
+        num_blocks=-(-rows * starts // WARPGROUP),
+        num_warpgroups=1,
+    )
+    return jnp.asarray(call(program, words)[0])
+
+
+def find_tiles(
+    starts: Int[Array, "rows starts"],
+    others: Int[Array, "rows starts"],
+    layout: Words,
+    *,
+    call: Call,
+) -> Int[Array, "rows tiles 4"]:
+    """Tiles of words that share a bucket.
+
+    Args:
+      starts: of buckets, from `find_buckets`.
+      others: those of the other side.
+      layout: of the words that `starts` is of.
+      call: runs programs.
+
+    Returns:
+      For each tile the positions of its first word and of the end of its bucket, which may be more
+      than `TILE` words further, and of the first and the end of the other side's words in the same
+      bucket. Places without a tile have zeros.
+    """
+    rows, tiles, buckets = len(starts), layout.tiles, layout.nowhere
 
     def find(
         lane: Lane,
@@ -315,35 +354,45 @@ def find_ranges(
     ) -> None:
         number = block * WARPGROUP + lane.thread_id()
 
-        def position(row: I32, bucket: I32) -> I32:
-            """Of the first of the others whose bucket is not smaller."""
-            word = bucket << other_layout.token_bits
-            array = inputs[1].at(row, 4 * other_length)
-            # Padding ends the search: there are other_length words, some of them in no bucket.
-            found = lane.i32(0)
-            step = 1 << (other_length.bit_length() - 1)
-            while step:
-                probe = found + step
-                (there,) = array.at(lane.minimum(probe, other_length) - 1, 4).load()
-                fits = (probe <= other_length) & (there < word)
-                found = lane.select(fits, probe, found)
-                step //= 2
-            return found
+        def place(start: I32, bucket: I32) -> I32:
+            """Of a bucket's first tile: each one before has at most one that is not full."""
+            return start // TILE + lane.minimum(bucket, start)
 
-        with lane.when(number < num_ranges):
+        with lane.when(number < rows * tiles):
             row, tile = number // tiles, number % tiles
-            mine = inputs[0].at(row, 4 * length).at(tile, 4 * TILE)
-            first, last = (layout.bucket(mine.load(1, 4 * i)[0]) for i in (0, TILE - 1))
-            after = lane.minimum(last + 1, layout.nowhere)
-            ends = [position(row, bucket) for bucket in (first, after)]
-            ends = [lane.select(first < layout.nowhere, end, lane.i32(-1)) for end in ends]
-            outputs[0].at(number, 8).store(ends)
+            mine, theirs = (array.at(row, 4 * (buckets + 1)) for array in inputs)
+            # The last one whose place is not further; that of the first is 0.
+            bucket = _count_while(
+                lane,
+                buckets - 1,
+                lambda i: place(mine.at(i + 1, 4).load()[0], i + 1) <= tile,
+            )
+            ranges = [x.at(bucket + i, 4).load()[0] for x in (mine, theirs) for i in (0, 1)]
+            first = ranges[0] + (tile - place(ranges[0], bucket)) * TILE
+            is_tile = first < ranges[1]
+            found = [first, *ranges[1:]]
+            outputs[0].at(number, 16).store([lane.select(is_tile, x, lane.i32(0)) for x in found])
 
     program = Program(
-        "find_ranges",
+        "find_tiles",
         find,
-        outputs=(jax.ShapeDtypeStruct((rows, tiles, 2), np.int32),),
-        num_blocks=-(-num_ranges // WARPGROUP),
+        outputs=(jax.ShapeDtypeStruct((rows, tiles, 4), np.int32),),
+        num_blocks=-(-rows * tiles // WARPGROUP),
         num_warpgroups=1,
     )
-    return jnp.asarray(call(program, words, others)[0])
+    return jnp.asarray(call(program, starts, others)[0])
+
+
+def _count_while(lane: Lane, count: int, holds: Callable[[I32], Pred]) -> I32:
+    """How many of the numbers from 0 to `count - 1` a condition holds for: those before any other.
+
+    It is looked at for `count - 1` where it is not needed.
+    """
+    found = lane.i32(0)
+    step = 1 << (count.bit_length() - 1) if count else 0
+    while step:
+        probe = found + step
+        fits = (probe <= count) & holds(lane.minimum(probe, count) - 1)
+        found = lane.select(fits, probe, found)
+        step //= 2
+    return found
