@@ -1,4 +1,4 @@
-"""Gradients by buckets: gathering in NumPy, the whole lowered for CUDA, and on a GPU."""
+"""Gradients by buckets: gathering in NumPy, the whole interpreted, for CUDA, and on a GPU."""
 
 import functools
 
@@ -10,7 +10,7 @@ import pytest
 from yoso_jax.hashing import sample_projection
 from yoso_jax.kernels import xla
 from yoso_jax.kernels.codes import hash_codes
-from yoso_jax.kernels.mosaic_gpu import buckets, lane_numpy
+from yoso_jax.kernels.mosaic_gpu import bucket_tiles, buckets, lane_numpy
 from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
 from yoso_jax.kernels.mosaic_gpu.collision_chain import collision_chain
 from yoso_jax.kernels.mosaic_gpu.lane import Program
@@ -41,11 +41,11 @@ def test_tokens_are_gathered_and_scattered(columns, count, by_column):
         copies = row_tile.at(row_bytes)
         own = copies.at(4 * TILE)
         thread, counted = lane.thread_id(), lane.i32(count)
-        buckets.copy_words(lane, inputs[0], own, first=lane.i32(0), layout=Words(TILE, 3))
+        bucket_tiles.copy_words(lane, inputs[0], own, first=lane.i32(0), layout=Words(TILE, 3))
         lane.commit_copies()
         lane.wait_for_copies(0)
         lane.barrier()
-        buckets.gather(
+        bucket_tiles.gather(
             lane,
             own,
             (inputs[1].at(1, 2 * columns), tile, columns),
@@ -61,11 +61,13 @@ def test_tokens_are_gathered_and_scattered(columns, count, by_column):
         lane.barrier()
         target = outputs[0].at(1, 2 * columns)
         options = dict(stride=heads, layout=layout)
-        buckets.scatter(lane, own, tile, target, count=counted, columns=columns, **options)
+        bucket_tiles.scatter(lane, own, tile, target, count=counted, columns=columns, **options)
         # All of them: those that do not count are zeros.
         target = outputs[1].at(1, 2 * row_columns)
         every = lane.i32(TILE)
-        buckets.scatter(lane, own, row_tile, target, count=every, columns=row_columns, **options)
+        bucket_tiles.scatter(
+            lane, own, row_tile, target, count=every, columns=row_columns, **options
+        )
         with lane.when(thread < TILE):
             outputs[2].at(thread, 4).store(copies.at(thread, 4).load())
 
@@ -117,7 +119,7 @@ def test_weights_of_a_tile(exponent, has_products, unchecked_shapes):
             return [load(pointer, x, r) for x, (_, r, _) in zip(column, place, strict=True)]
 
         values = [[load(inputs[3], lane.i32(i), r) for r in range(2)] for i in range(len(rows))]
-        out = buckets.weights(
+        out = bucket_tiles.weights(
             lane,
             tile(inputs[0]),
             tile(inputs[1]) if has_products else None,
@@ -194,6 +196,47 @@ def test_kernels_lower_for_cuda(t, s, h, d, bits, bucket_bits, hashes, normalize
     assert text.count("@mosaic_gpu") == 2 * sorts + 8 + 2 * normalize
 
 
+INTERPRETED = {
+    # T, S, H, D, code bits, bucket bits, hashes, blocks that run at a time, masks, normalised rows
+    "more-work-than-blocks": (150, 130, 16, 16, 6, 1, 2, 1, True, True),
+    "unequal-buckets-without-tokens": (70, 200, 64, 48, 9, 4, 1, 2, False, True),
+    "all-bits": (65, 65, 33, 20, 5, 5, 1, 1, True, False),
+    "one-bucket": (130, 64, 128, 16, 4, 0, 1, 132, False, False),
+}
+
+
+@pytest.mark.parametrize("case", INTERPRETED)
+def test_interpreted_kernels_agree_with_xla(capsys, monkeypatch, unchecked_shapes, case):
+    t, s, h, d, bits, bucket_bits, hashes, blocks, masked, normalize = INTERPRETED[case]
+    monkeypatch.setattr(bucket_tiles, "_BLOCKS", blocks)
+    *args, grad_out = draw(t, s, h, d, bits, hashes, jnp.bfloat16, batch=1)
+    masks = [jnp.arange(n)[None] < n - n // 3 if masked else None for n in (t, s)]
+    if masked:
+        # What is in the rows of masked tokens is not used.
+        args[2:4] = [
+            jnp.where(m[..., None, None], x, jnp.nan) for m, x in zip(masks, args[2:4], strict=True)
+        ]
+    options = dict(hash_code_len=bits, bucket_bits=bucket_bits, normalize=normalize)
+    found = buckets.bucketed_gradients(
+        *args, *masks, grad_out, **options, call=lane_numpy.call, interpret=True
+    )
+    assert_agree(found, expected_gradients(args, masks, grad_out, **options), 6e-3)
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+def expected_gradients(args, masks, grad_out, **options):
+    wide = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in args]
+    run = jax.jit(functools.partial(xla.bucketed_gradients, **options))
+    return run(*wide, *masks, grad_out.astype(jnp.float32))
+
+
+def assert_agree(found, expected, tolerance):
+    for mine, exact in zip(found, expected, strict=True):
+        exact = np.asarray(exact, np.float64)
+        error = np.linalg.norm(np.asarray(mine, np.float64) - exact) / np.linalg.norm(exact)
+        assert error < tolerance
+
+
 def test_what_is_not_supported():
     def supported(tokens, dim, bits, dtype=jnp.bfloat16):
         x = jax.ShapeDtypeStruct((1, tokens, 1, dim), dtype)
@@ -227,16 +270,11 @@ def test_kernels_agree_with_xla(t, s, h, d, bits, bucket_bits, hashes, masked, n
     run = jax.jit(functools.partial(buckets.bucketed_gradients, **options))
     found = run(*args, *masks, grad_out)
     again = run(*args, *masks, grad_out)
-    wide = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in args]
-    expected = jax.jit(functools.partial(xla.bucketed_gradients, **options))(
-        *wide, *masks, grad_out.astype(jnp.float32)
-    )
-    for mine, same, exact in zip(found, again, expected, strict=True):
+    expected = expected_gradients(args, masks, grad_out, **options)
+    for mine, same in zip(found, again, strict=True):
         assert mine.dtype == dtype
         np.testing.assert_array_equal(mine, same)
-        exact = np.asarray(exact, np.float64)
-        error = np.linalg.norm(np.asarray(mine, np.float64) - exact) / np.linalg.norm(exact)
-        assert error < (6e-3 if dtype == jnp.bfloat16 else 3e-3)
+    assert_agree(found, expected, 6e-3 if dtype == jnp.bfloat16 else 3e-3)
 
 
 @pytest.mark.gpu

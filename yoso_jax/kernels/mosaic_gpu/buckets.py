@@ -26,29 +26,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
 from yoso_jax.kernels.mosaic_gpu import sorting
-from yoso_jax.kernels.mosaic_gpu.collision_chain import Chain, collision_chain
-from yoso_jax.kernels.mosaic_gpu.lane import (
-    F32,
-    I32,
-    WARPGROUP,
-    Call,
-    GlobalPointer,
-    Lane,
-    SharedPointer,
-)
+from yoso_jax.kernels.mosaic_gpu.bucket_hardware import Hopper, Interpreted
+from yoso_jax.kernels.mosaic_gpu.bucket_tiles import WORD_TILES, Plan
+from yoso_jax.kernels.mosaic_gpu.collision_chain import collision_chain
+from yoso_jax.kernels.mosaic_gpu.lane import Call
 from yoso_jax.kernels.mosaic_gpu.sorting import TILE, Words
-from yoso_jax.kernels.mosaic_gpu.swizzling import tile_offset
 from yoso_jax.kernels.mosaic_gpu.tangents import tangents
 from yoso_jax.kernels.mosaic_gpu.varying import vary_like
-
-# Blocks that run at a time: one a multiprocessor.
-_BLOCKS = 132
-# What Hopper lends a block, less barriers and the scratch space of the compiler.
-_SHARED_BYTES = 223 * 1024
-# Bytes that a thread copies at a time.
-_PIECE = 16
-# Tiles of words of a warpgroup.
-_WORD_TILES = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,309 +54,17 @@ class Side:
     layout: Words
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Shapes of the sums and how their work is cut.
-
-    Attributes:
-      batch: batch rows, B.
-      heads: N.
-      num_hashes: hashes in use.
-      head_dim: H, a multiple of 16.
-      value_dim: D, a multiple of 16.
-      exponent: of the collision probability in the weights.
-      sums_rows: whether rows of the other side are summed up, by probabilities; otherwise tokens
-        are, by probabilities times products of rows.
-      layout: of the words of the tokens whose gradients are wanted.
-      other_layout: of the words of the other side.
-    """
-
-    batch: int
-    heads: int
-    num_hashes: int
-    head_dim: int
-    value_dim: int
-    exponent: int
-    sums_rows: bool
-    layout: Words
-    other_layout: Words
-
-    @property
-    def columns(self) -> int:
-        """Columns of the sums."""
-        return self.value_dim if self.sums_rows else self.head_dim
-
-    @property
-    def warpgroups(self) -> int:
-        """Warpgroups of a block; each has tiles of its own."""
-        most = 3 if self.head_dim <= 64 else 2 if self.head_dim <= 128 else 1
-        # Of each side a tile in use, and the next one.
-        tile_bytes = 4 * TILE * (2 * self.head_dim + 2 * self.value_dim + 4)
-        tile_bytes += _WORD_TILES * TILE * 4
-        return min(most, _SHARED_BYTES // tile_bytes)
-
-    @property
-    def items(self) -> int:
-        """Places for tiles of all heads and hashes."""
-        return self.batch * self.heads * self.num_hashes * self.layout.tiles
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of threads."""
-        return min(_BLOCKS, -(-self.items // self.warpgroups))
-
-    @property
-    def out(self) -> tuple[int, ...]:
-        """Shape of the sums."""
-        return (self.num_hashes, self.batch, self.layout.num_tokens, self.heads, self.columns)
-
-
-def copy_words(
-    lane: Lane, words: GlobalPointer, copies: SharedPointer, *, first: I32, layout: Words
-) -> None:
-    """Starts to copy 64 words, from the position `first` on, of a head and a hash."""
-    thread = lane.thread_id() & (WARPGROUP - 1)
-    with lane.when(thread < TILE):
-        position = lane.minimum(lane.maximum(first + thread, 0), layout.length - 1)
-        copies.at(thread, 4).start_copy(words.at(position, 4), 4)
-
-
-def gather(
-    lane: Lane,
-    words: SharedPointer,
-    tokens: tuple[GlobalPointer, SharedPointer, int],
-    rows: tuple[GlobalPointer, SharedPointer, int],
-    numbers: tuple[GlobalPointer, SharedPointer],
-    *,
-    count: I32,
-    stride: int,
-    layout: Words,
-    by_column: bool,
-) -> None:
-    """Starts to copy what belongs to the tokens of a tile.
-
-    Args:
-      lane: a thread of a warpgroup.
-      words: to the 64 words of the tile.
-      tokens: the row of the head's first token, the tile that tokens are copied to in the
-        arrangement that matrix products read, and the number of its columns.
-      rows: the same of the rows of tokens.
-      numbers: to a float32 of each token of the head, and to the 64 of them that are copied.
-      count: words that count, at least 1. Later tokens and numbers repeat the last of them, rows
-        are zeros.
-      stride: columns of all heads of a token, by columns of a head.
-      layout: of the words.
-      by_column: numbers are in the order of `tiles.in_column_order`.
-    """
-    thread = lane.thread_id() & (WARPGROUP - 1)
-
-    def word_at(row: I32) -> I32:
-        return words.at(lane.minimum(row, count - 1), 4).load()[0]
-
-    for source, tile, columns in (tokens, rows):
-        places = _places(thread, columns)
-        # All at once: each takes a while.
-        numbers_of_tokens = [layout.token(word_at(row)) for row, _ in places]
-        for (row, byte), token in zip(places, numbers_of_tokens, strict=True):
-            offset = tile_offset(row, byte, row_bytes=2 * columns)
-            tile.at(offset).start_copy(
-                source.at(token, 2 * columns * stride).at(byte, 1),
-                _PIECE,
-                where=row < count if tile is rows[1] else None,
-            )
-    known, copies = numbers
-    with lane.when(thread < TILE):
-        place = tiles.place_of_column(thread) if by_column else thread
-        copies.at(place, 4).start_copy(known.at(layout.token(word_at(thread)), 4), 4)
-
-
-def scatter(
-    lane: Lane,
-    words: SharedPointer,
-    tile: SharedPointer,
-    target: GlobalPointer,
-    *,
-    count: I32,
-    columns: int,
-    stride: int,
-    layout: Words,
-) -> None:
-    """Stores the rows of a tile at the places of their tokens.
-
-    Args:
-      lane: a thread of a warpgroup.
-      words: to the 64 words of the tile.
-      tile: the rows, as `gather` arranges them.
-      target: to the row of the head's first token.
-      count: rows to store.
-      columns: of a row.
-      stride: columns of all heads of a token, by columns of a head.
-      layout: of the words.
-    """
-    for row, byte in _places(lane.thread_id() & (WARPGROUP - 1), columns):
-        (word,) = words.at(row, 4).load()
-        piece = tile.at(tile_offset(row, byte, row_bytes=2 * columns)).load(_PIECE // 4)
-        with lane.when(row < count):
-            target.at(layout.token(word), 2 * columns * stride).at(byte, 1).store(piece)
-
-
-def _places(thread: I32, columns: int) -> list[tuple[I32, I32]]:
-    """The rows and bytes of the pieces of a tile that a thread copies."""
-    pieces = 2 * columns // _PIECE
-    numbers = [thread + i * WARPGROUP for i in range(TILE * pieces // WARPGROUP)]
-    return [(number // pieces, number % pieces * _PIECE) for number in numbers]
-
-
-def weights(
-    lane: Lane,
-    scores: list[F32],
-    products: list[F32] | None,
-    rows: list[list[F32]],
-    scales: SharedPointer,
-    chain: Chain,
-) -> list[F32]:
-    """What a thread has of the weights of a tile.
-
-    With products they have the scales as factors, also of the sign, since the tokens that they
-    weigh are to be divided by their lengths.
-
-    Args:
-      lane: a thread of a warpgroup.
-      scores: products of tokens, as in `tiles.probabilities`.
-      products: products of their rows; None for ones.
-      rows: of the two rows, what `tiles.row_values` gives.
-      scales: to -1 / length of the columns, in their order in `tiles.in_column_order`.
-      chain: of the power of the collision probability.
-    """
-    if chain.steps:
-        pieces = list(tiles.probabilities(lane, scores, rows, scales, chain))
-        factors = [factor for piece, _ in pieces for factor in piece]
-        column_scales = [scale for _, piece in pieces for scale in piece]
-    else:
-        factors = [lane.f32(1)] * len(scores)
-        places = tiles.of_columns(lane, scales, range(len(scores)))
-        column_scales = [lane.bitcast_f32(x) for x in places]
-    if products is None:
-        return factors
-    return [
-        factor * scale * product
-        for factor, scale, product in zip(factors, column_scales, products, strict=True)
-    ]
-
-
-def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
+def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., Array]:
     """Of tokens, rows and words of both sides, ranges, lengths and the scales of the others."""
     # These load JAX's GPU dialects.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from yoso_jax.kernels.mosaic_gpu.lane_mosaic import MosaicLane
-    from yoso_jax.kernels.mosaic_gpu.registers import read_registers, write_words
-
-    warpgroups, layout = plan.warpgroups, plgpu.Layout.WGMMA
-    row_layout = layout.reduce(1)
-    scalar = plgpu.Layout.WG_SPLAT(())
+    warpgroups = plan.warpgroups
+    row_layout = plgpu.Layout.WGMMA.reduce(1)
     chain = collision_chain(plan.exponent)
-    plain = plgpu.RefType()
-
-    def tile_type(columns: int) -> Any:
-        size = tiles.swizzle(2 * columns)
-        return plgpu.RefType(
-            (plgpu.TilingTransform((8, size // 2)), plgpu.SwizzleTransform(size)),
-        )
-
-    def make_copy_words(words_layout: Words) -> Any:
-        @plgpu.inline_mgpu(arg_types=(plain, plain, *[scalar] * 3))
-        def start(_: Any, words: Any, copies: Any, *scalars: Any) -> None:
-            lane = MosaicLane(warpgroups * WARPGROUP)
-            row, slot, first = (I32(lane, x.registers.item()) for x in scalars)
-            source = lane.global_pointer(words, writable=False).at(row, 4 * words_layout.length)
-            target = lane.shared_pointer(copies).at(slot, 4 * TILE)
-            copy_words(lane, source, target, first=first, layout=words_layout)
-
-        return start
-
-    def make_gather(words_layout: Words, *, by_column: bool) -> Any:
-        tile_types = tile_type(plan.head_dim), tile_type(plan.value_dim)
-
-        @plgpu.inline_mgpu(arg_types=(*[plain] * 4, *tile_types, plain, *[scalar] * 5))
-        def start(_: Any, *args: Any) -> None:
-            lane = MosaicLane(warpgroups * WARPGROUP)
-            words, *arrays = args[:4]
-            batch, n, words_slot, slot, count = (I32(lane, x.registers.item()) for x in args[7:])
-            tokens, rows, known = (lane.global_pointer(x, writable=False) for x in arrays)
-            sources = []
-            for source, tile, columns in (
-                (tokens, args[4], plan.head_dim),
-                (rows, args[5], plan.value_dim),
-            ):
-                row_bytes = 2 * columns
-                source = source.at(batch, words_layout.num_tokens * plan.heads * row_bytes)
-                pointer = lane.shared_pointer(tile).at(slot, TILE * row_bytes)
-                sources.append((source.at(n, row_bytes), pointer, columns))
-            known = known.at(batch * plan.heads + n, 4 * words_layout.num_tokens)
-            gather(
-                lane,
-                lane.shared_pointer(words).at(words_slot, 4 * TILE),
-                sources[0],
-                sources[1],
-                (known, lane.shared_pointer(args[6]).at(slot, 4 * TILE)),
-                count=count,
-                stride=plan.heads,
-                layout=words_layout,
-                by_column=by_column,
-            )
-
-        return start
-
-    copy_row_words, copy_column_words = map(make_copy_words, (plan.layout, plan.other_layout))
-    gather_rows = make_gather(plan.layout, by_column=False)
-    gather_columns = make_gather(plan.other_layout, by_column=True)
-
-    @plgpu.inline_mgpu()
-    def wait_for_copies(_: Any) -> None:
-        lane = MosaicLane(warpgroups * WARPGROUP)
-        lane.commit_copies()
-        lane.wait_for_copies(0)
-
-    @plgpu.inline_mgpu(arg_types=(plain, tile_type(plan.columns), plain, *[scalar] * 6))
-    def store_rows(_: Any, words: Any, tile: Any, out: Any, *scalars: Any) -> None:
-        lane = MosaicLane(warpgroups * WARPGROUP)
-        values = (I32(lane, x.registers.item()) for x in scalars)
-        number, batch, n, words_slot, slot, count = values
-        row_bytes = 2 * plan.columns
-        batch_bytes = plan.layout.num_tokens * plan.heads * row_bytes
-        target = lane.global_pointer(out, writable=True).at(number, plan.batch * batch_bytes)
-        scatter(
-            lane,
-            lane.shared_pointer(words).at(words_slot, 4 * TILE),
-            lane.shared_pointer(tile).at(slot, TILE * row_bytes),
-            target.at(batch, batch_bytes).at(n, row_bytes),
-            count=count,
-            columns=plan.columns,
-            stride=plan.heads,
-            layout=plan.layout,
-        )
-
+    hardware = (Interpreted if interpret else Hopper)(plan, dtype, chain)
     num_products = 1 if plan.sums_rows else 2
-
-    @plgpu.inline_mgpu(
-        arg_types=(*[layout] * num_products, plain, *[row_layout] * 2),
-        return_type=plgpu.ShapeDtypeStruct((TILE, TILE), dtype, layout=layout),
-    )
-    def weigh(_: Any, *args: Any) -> Any:
-        lane = MosaicLane(warpgroups * WARPGROUP)
-        (scores, *products), rest = args[:num_products], args[num_products:]
-        scales, *rows = rest
-        values = weights(
-            lane,
-            read_registers(lane, scores),
-            read_registers(lane, *products) if products else None,
-            [read_registers(lane, each) for each in rows],
-            lane.shared_pointer(scales),
-            chain,
-        )
-        return write_words(lane.pack(values, dtype), scores, dtype)
 
     def bucket_sums(
         tokens: Any,
@@ -392,7 +84,9 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
         other_row_tiles: Any,
         scale_tiles: Any,
         word_tiles: Any,
+        *staging: Any,
     ) -> None:
+        copy_words = hardware.copy_words
         own_tiles = row_tiles if plan.sums_rows else token_tiles
         summed_tiles = other_row_tiles if plan.sums_rows else other_token_tiles
         warpgroup = lax.axis_index("warpgroup")
@@ -401,17 +95,17 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
         num_items = lax.div(plan.items - first_item + all_warpgroups - 1, all_warpgroups)
         # Of words: those of an item and of the next one; those of the first tile of the next
         # item's others; those of two tiles of the others.
-        first_words = warpgroup * _WORD_TILES + 2
+        first_words = warpgroup * WORD_TILES + 2
 
         def two(number: Any) -> Any:
             """The tile of this warpgroup that a number takes, in turns."""
             return warpgroup * 2 + lax.rem(number, 2)
 
         def item_words(number: Any) -> Any:
-            return warpgroup * _WORD_TILES + lax.rem(number, 2)
+            return warpgroup * WORD_TILES + lax.rem(number, 2)
 
         def step_words(slot: Any) -> Any:
-            return warpgroup * _WORD_TILES + 3 + lax.rem(slot, 2)
+            return warpgroup * WORD_TILES + 3 + lax.rem(slot, 2)
 
         def places_of(number: Any) -> tuple[Any, ...]:
             item = first_item + jnp.minimum(number, num_items - 1) * all_warpgroups
@@ -428,30 +122,25 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
 
         def load_words(number: Any, mine: Any, first: Any) -> None:
             row, _, _, _ = places_of(number)
-            copy_row_words(words, word_tiles, row, item_words(number), mine)
-            copy_column_words(other_words, word_tiles, row, first_words, first)
+            copy_words(plan.layout, words, word_tiles, row, item_words(number), mine)
+            copy_words(plan.other_layout, other_words, word_tiles, row, first_words, first)
 
         def load_step(
             number: Any, first: Any, end: Any, step: Any, slot: Any, words_slot: Any
         ) -> None:
             """A tile of the others, whose words are there, and the words of the next one."""
             row, _, batch, n = places_of(number)
-            gather_columns(
+            hardware.gather(
+                plan.other_layout,
+                (other_tokens, other_rows, scales),
+                (other_token_tiles, other_row_tiles, scale_tiles),
                 word_tiles,
-                other_tokens,
-                other_rows,
-                scales,
-                other_token_tiles,
-                other_row_tiles,
-                scale_tiles,
-                batch,
-                n,
-                words_slot,
-                two(slot),
-                end - first - step * TILE,
+                (batch, n, words_slot, two(slot), end - first - step * TILE),
+                by_column=True,
             )
             following = first + (step + 1) * TILE
-            copy_column_words(other_words, word_tiles, row, step_words(slot + 1), following)
+            next_words = step_words(slot + 1)
+            copy_words(plan.other_layout, other_words, word_tiles, row, next_words, following)
 
         def load_item(number: Any, count: Any, first: Any, end: Any, slot: Any) -> None:
             """The tokens of an item, whose words are there, and the first tile of the others."""
@@ -459,19 +148,13 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
             @pl.when(count > 0)
             def _() -> None:
                 _, _, batch, n = places_of(number)
-                gather_rows(
+                hardware.gather(
+                    plan.layout,
+                    (tokens, rows, lengths),
+                    (token_tiles, row_tiles, length_tiles),
                     word_tiles,
-                    tokens,
-                    rows,
-                    lengths,
-                    token_tiles,
-                    row_tiles,
-                    length_tiles,
-                    batch,
-                    n,
-                    item_words(number),
-                    two(number),
-                    count,
+                    (batch, n, item_words(number), two(number), count),
+                    by_column=False,
                 )
 
             @pl.when(end > first)
@@ -480,7 +163,7 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
 
         def wait() -> None:
             """All threads are done with the tiles before, and see what was loaded."""
-            wait_for_copies()
+            hardware.wait_for_copies()
             plgpu.commit_smem()
 
         def go(number: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -515,12 +198,8 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
 
                         accumulator = plgpu.ACC((TILE, TILE), jnp.float32)
                         products = pl.run_scoped(multiply, *[accumulator] * num_products)
-                        taken = weigh(
-                            *products,
-                            scale_tiles.at[other],
-                            *row_values,
-                        )
-                        plgpu.wgmma(sums, taken, summed_tiles.at[other])
+                        taken = hardware.weigh(products, scale_tiles.at[other], row_values)
+                        hardware.multiply(sums, taken, summed_tiles.at[other], staging)
                         plgpu.wgmma_wait(0)
                         wait()
 
@@ -538,8 +217,8 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
                 row, _, batch, n = places_of(number)
                 plgpu.commit_smem()
                 hash_number = lax.rem(row, plan.num_hashes)
-                mine = item_words(number), two(number)
-                store_rows(word_tiles, own_tiles, out, hash_number, batch, n, *mine, count)
+                mine = item_words(number), two(number), count
+                hardware.store(word_tiles, own_tiles, out, (hash_number, batch, n, *mine))
 
             wait()
             return next_count, next_first, next_end, *later, slot + steps
@@ -564,11 +243,16 @@ def _kernel(plan: Plan, dtype: np.dtype) -> Callable[..., Array]:
     return plgpu.kernel(
         bucket_sums,
         out_type=jax.ShapeDtypeStruct(plan.out, dtype),
-        scratch_types=[*side * 2, plgpu.SMEM((_WORD_TILES * warpgroups, TILE), jnp.int32)],
+        scratch_types=[
+            *side * 2,
+            plgpu.SMEM((WORD_TILES * warpgroups, TILE), jnp.int32),
+            *hardware.staging(),
+        ],
         grid=(plan.blocks,),
         grid_names=("block",),
         num_threads=warpgroups,
         thread_name="warpgroup",
+        interpret=hardware.interpret,
     )
 
 
@@ -598,6 +282,7 @@ def bucketed_gradients(
     normalize: bool = False,
     dense: Callable[[], tuple[Array, Array]] | None = None,
     call: Call | None = None,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"]]:
     """As `xla.bucketed_gradients`, in the dtype of `value`.
 
@@ -616,6 +301,8 @@ def bucketed_gradients(
       dense: computes the gradients of the expectation, which are taken where buckets are so uneven
         that they have as much work. Without it they are always those of the buckets.
       call: what runs the programs; the GPU by default.
+      interpret: run the sums by Pallas' interpreter, which needs no GPU, and report races; with a
+        `call` that needs none, either.
     """
     if call is None:
         from yoso_jax.kernels.mosaic_gpu.lane_mosaic import call  # loads JAX's GPU dialects
@@ -640,7 +327,7 @@ def bucketed_gradients(
             exponent=hash_code_len - bucket_bits,
             sums_rows=sums_rows,
         )
-        return _kernel(plan, np.dtype(query.dtype))(
+        return _kernel(plan, np.dtype(query.dtype), interpret)(
             side.tokens,
             side.rows,
             side.words,

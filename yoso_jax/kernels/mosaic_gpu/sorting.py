@@ -92,7 +92,7 @@ class Words:
         padding = [(0, 0), (0, self.length - self.num_tokens)]
         return jnp.pad(words, padding, constant_values=self.nowhere << self.token_bits)
 
-    def token(self, word: I32) -> I32:
+    def token[Number: (I32, Array)](self, word: Number) -> Number:
         """The number of the token."""
         return word & (2**self.token_bits - 1)
 

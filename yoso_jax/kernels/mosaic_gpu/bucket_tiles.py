@@ -1,0 +1,215 @@
+"""What the kernel of buckets and its hardware share: shapes, and the code of threads."""
+
+import dataclasses
+
+from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
+from yoso_jax.kernels.mosaic_gpu.collision_chain import Chain
+from yoso_jax.kernels.mosaic_gpu.lane import (
+    F32,
+    I32,
+    WARPGROUP,
+    GlobalPointer,
+    Lane,
+    SharedPointer,
+)
+from yoso_jax.kernels.mosaic_gpu.sorting import TILE, Words
+from yoso_jax.kernels.mosaic_gpu.swizzling import tile_offset
+
+# Blocks that run at a time: one a multiprocessor.
+_BLOCKS = 132
+# What Hopper lends a block, less barriers and the scratch space of the compiler.
+_SHARED_BYTES = 223 * 1024
+# Bytes that a thread copies at a time.
+_PIECE = 16
+WORD_TILES = 5
+"""Tiles of words of a warpgroup."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Shapes of the sums and how their work is cut.
+
+    Attributes:
+      batch: batch rows, B.
+      heads: N.
+      num_hashes: hashes in use.
+      head_dim: H, a multiple of 16.
+      value_dim: D, a multiple of 16.
+      exponent: of the collision probability in the weights.
+      sums_rows: whether rows of the other side are summed up, by probabilities; otherwise tokens
+        are, by probabilities times products of rows.
+      layout: of the words of the tokens whose gradients are wanted.
+      other_layout: of the words of the other side.
+    """
+
+    batch: int
+    heads: int
+    num_hashes: int
+    head_dim: int
+    value_dim: int
+    exponent: int
+    sums_rows: bool
+    layout: Words
+    other_layout: Words
+
+    @property
+    def columns(self) -> int:
+        """Columns of the sums."""
+        return self.value_dim if self.sums_rows else self.head_dim
+
+    @property
+    def warpgroups(self) -> int:
+        """Warpgroups of a block; each has tiles of its own."""
+        most = 3 if self.head_dim <= 64 else 2 if self.head_dim <= 128 else 1
+        # Of each side a tile in use, and the next one.
+        tile_bytes = 4 * TILE * (2 * self.head_dim + 2 * self.value_dim + 4)
+        tile_bytes += WORD_TILES * TILE * 4
+        return min(most, _SHARED_BYTES // tile_bytes)
+
+    @property
+    def items(self) -> int:
+        """Places for tiles of all heads and hashes."""
+        return self.batch * self.heads * self.num_hashes * self.layout.tiles
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of threads."""
+        return min(_BLOCKS, -(-self.items // self.warpgroups))
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        """Shape of the sums."""
+        return (self.num_hashes, self.batch, self.layout.num_tokens, self.heads, self.columns)
+
+
+def copy_words(
+    lane: Lane, words: GlobalPointer, copies: SharedPointer, *, first: I32, layout: Words
+) -> None:
+    """Starts to copy 64 words, from the position `first` on, of a head and a hash."""
+    thread = lane.thread_id() & (WARPGROUP - 1)
+    with lane.when(thread < TILE):
+        position = lane.minimum(lane.maximum(first + thread, 0), layout.length - 1)
+        copies.at(thread, 4).start_copy(words.at(position, 4), 4)
+
+
+def gather(
+    lane: Lane,
+    words: SharedPointer,
+    tokens: tuple[GlobalPointer, SharedPointer, int],
+    rows: tuple[GlobalPointer, SharedPointer, int],
+    numbers: tuple[GlobalPointer, SharedPointer],
+    *,
+    count: I32,
+    stride: int,
+    layout: Words,
+    by_column: bool,
+) -> None:
+    """Starts to copy what belongs to the tokens of a tile.
+
+    Args:
+      lane: a thread of a warpgroup.
+      words: to the 64 words of the tile.
+      tokens: the row of the head's first token, the tile that tokens are copied to in the
+        arrangement that matrix products read, and the number of its columns.
+      rows: the same of the rows of tokens.
+      numbers: to a float32 of each token of the head, and to the 64 of them that are copied.
+      count: words that count, at least 1. Later tokens and numbers repeat the last of them, rows
+        are zeros.
+      stride: columns of all heads of a token, by columns of a head.
+      layout: of the words.
+      by_column: numbers are in the order of `tiles.in_column_order`.
+    """
+    thread = lane.thread_id() & (WARPGROUP - 1)
+
+    def word_at(row: I32) -> I32:
+        return words.at(lane.minimum(row, count - 1), 4).load()[0]
+
+    for source, tile, columns in (tokens, rows):
+        places = _places(thread, columns)
+        # All at once: each takes a while.
+        numbers_of_tokens = [layout.token(word_at(row)) for row, _ in places]
+        for (row, byte), token in zip(places, numbers_of_tokens, strict=True):
+            offset = tile_offset(row, byte, row_bytes=2 * columns)
+            tile.at(offset).start_copy(
+                source.at(token, 2 * columns * stride).at(byte, 1),
+                _PIECE,
+                where=row < count if tile is rows[1] else None,
+            )
+    known, copies = numbers
+    with lane.when(thread < TILE):
+        place = tiles.place_of_column(thread) if by_column else thread
+        copies.at(place, 4).start_copy(known.at(layout.token(word_at(thread)), 4), 4)
+
+
+def scatter(
+    lane: Lane,
+    words: SharedPointer,
+    tile: SharedPointer,
+    target: GlobalPointer,
+    *,
+    count: I32,
+    columns: int,
+    stride: int,
+    layout: Words,
+) -> None:
+    """Stores the rows of a tile at the places of their tokens.
+
+    Args:
+      lane: a thread of a warpgroup.
+      words: to the 64 words of the tile.
+      tile: the rows, as `gather` arranges them.
+      target: to the row of the head's first token.
+      count: rows to store.
+      columns: of a row.
+      stride: columns of all heads of a token, by columns of a head.
+      layout: of the words.
+    """
+    for row, byte in _places(lane.thread_id() & (WARPGROUP - 1), columns):
+        (word,) = words.at(row, 4).load()
+        piece = tile.at(tile_offset(row, byte, row_bytes=2 * columns)).load(_PIECE // 4)
+        with lane.when(row < count):
+            target.at(layout.token(word), 2 * columns * stride).at(byte, 1).store(piece)
+
+
+def _places(thread: I32, columns: int) -> list[tuple[I32, I32]]:
+    """The rows and bytes of the pieces of a tile that a thread copies."""
+    pieces = 2 * columns // _PIECE
+    numbers = [thread + i * WARPGROUP for i in range(TILE * pieces // WARPGROUP)]
+    return [(number // pieces, number % pieces * _PIECE) for number in numbers]
+
+
+def weights(
+    lane: Lane,
+    scores: list[F32],
+    products: list[F32] | None,
+    rows: list[list[F32]],
+    scales: SharedPointer,
+    chain: Chain,
+) -> list[F32]:
+    """What a thread has of the weights of a tile.
+
+    With products they have the scales as factors, also of the sign, since the tokens that they
+    weigh are to be divided by their lengths.
+
+    Args:
+      lane: a thread of a warpgroup.
+      scores: products of tokens, as in `tiles.probabilities`.
+      products: products of their rows; None for ones.
+      rows: of the two rows, what `tiles.row_values` gives.
+      scales: to -1 / length of the columns, in their order in `tiles.in_column_order`.
+      chain: of the power of the collision probability.
+    """
+    if chain.steps:
+        pieces = list(tiles.probabilities(lane, scores, rows, scales, chain))
+        factors = [factor for piece, _ in pieces for factor in piece]
+        column_scales = [scale for _, piece in pieces for scale in piece]
+    else:
+        factors = [lane.f32(1)] * len(scores)
+        places = tiles.of_columns(lane, scales, range(len(scores)))
+        column_scales = [lane.bitcast_f32(x) for x in places]
+    if products is None:
+        return factors
+    return [
+        factor * scale * product
+        for factor, scale, product in zip(factors, column_scales, products, strict=True)
+    ]
