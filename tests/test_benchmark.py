@@ -313,6 +313,12 @@ def test_model(benchmark: Any) -> None:
     assert "tokens/s" in out
 
 
+def test_some_models(benchmark: Any) -> None:
+    size = ["--layers", 1, "--hidden-size", 16, "--heads", 2, "--vocab-size", 20]
+    report, _ = benchmark("model", *SMALL, *size, "--implementations", "softmax", "sampled_mixed")
+    assert list(by_name(report)) == [("softmax", 16, None), ("sampled_mixed", 16, 3)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

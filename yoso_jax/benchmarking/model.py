@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,27 @@ class Model(Benchmark):
     """Of the attention; by default the best that applies."""
     num_backward_hashes: int | None = None
     """Hashes whose buckets give the gradients; by default what the model takes."""
+    implementations: tuple[
+        Literal[
+            "softmax",
+            "expectation",
+            "sampled",
+            "sampled_mixed",
+            "sampled_bucketed",
+            "transformers_roberta",
+            "transformers_yoso",
+        ],
+        ...,
+    ] = (
+        "softmax",
+        "expectation",
+        "sampled",
+        "sampled_mixed",
+        "sampled_bucketed",
+        "transformers_roberta",
+        "transformers_yoso",
+    )
+    """What to time; speeds are those beside `softmax`, if it is among them."""
 
     def build(self, name: str, m: int | None) -> YosoForMaskedLM:
         """A model of this package by the name of its row."""
@@ -81,6 +102,8 @@ class Model(Benchmark):
             shape = (self.tokens // n, n)
             derive = functools.partial(_derive, {})
             for name, m in variants:
+                if name not in self.implementations:
+                    continue
                 graphdef = nnx.graphdef(nnx.eval_shape(functools.partial(self.build, name, m)))
                 yield Case(
                     {"implementation": name, "n": n, "m": m, "batch": shape[0]},
@@ -89,6 +112,8 @@ class Model(Benchmark):
                     derive,
                 )
             for name in MODELS:
+                if name not in self.implementations:
+                    continue
                 yield Rival(
                     {"implementation": name, "n": n, "m": None, "batch": shape[0]},
                     functools.partial(self.run_rival, name, shape),
