@@ -279,6 +279,8 @@ def _sample(options: _Options, *args: Any) -> tuple[Array, Array | None, Any]:
         *args,
         hash_code_len=options.hash_code_len,
         normalize=options.normalize,
+        # For the time of short sequences; the memory of long ones, whose gradients are of hashes.
+        keep_codes=options.backward is not None and options.backward.kind == "expectation",
     )
 
 

@@ -145,12 +145,16 @@ def sampled(
     *,
     hash_code_len: int,
     normalize: bool,
+    keep_codes: bool,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"] | None, Codes]:
-    """`B v` for the hashes of `projection`, in float32, and the codes.
+    """`B v` for the hashes of `projection`, in float32, and what the backward pass needs of them.
+
+    That is all codes here; another implementation may hash again, if not to `keep_codes`.
 
     With `normalize` the rows of `B v` are normalised, and the second result is their l2 norm before
     that; it is None otherwise.
     """
+    del keep_codes
     codes = Codes(
         *(
             hash_codes(heads_first(x, mask), widen(projection), hash_code_len=hash_code_len)

@@ -20,18 +20,21 @@ from yoso_jax.kernels.mosaic_gpu.varying import vary_like
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["projection"], meta_fields=["hash_code_len"]
+    jax.tree_util.register_dataclass,
+    data_fields=["projection", "kept"],
+    meta_fields=["hash_code_len"],
 )
 @dataclasses.dataclass(frozen=True)
 class Hashes:
     """What `sampled` keeps for its backward pass.
 
-    Codes of long sequences are far larger than the projection, and take a hundredth of a training
-    step to compute again.
+    Codes take two bytes a token and hash, and a hundredth of a training step of a model to compute
+    again. `kept` are those of queries and of keys, or None.
     """
 
     projection: Array
     hash_code_len: int
+    kept: tuple[Array, Array] | None = None
 
     @property
     def number(self) -> int:
@@ -61,6 +64,7 @@ def sampled(
     *,
     hash_code_len: int,
     normalize: bool,
+    keep_codes: bool,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"] | None, Hashes]:
     """As `xla.sampled`, with the rows in the dtype of `value`; norms are float32.
 
@@ -70,9 +74,11 @@ def sampled(
     hashes = Hashes(projection, hash_code_len)
     _check(value, hashes.number, hash_code_len)
     _check_size("the last dimension of query", query.shape[-1], hashing.MAX_HEAD_DIM)
+    codes = hashes.codes(hopper.only(query), filler=0), hashes.codes(hopper.only(key), filler=1)
+    if keep_codes:
+        hashes = dataclasses.replace(hashes, kept=codes)
     out = _cumulate(
-        hashes.codes(hopper.only(query), filler=0),
-        hashes.codes(hopper.only(key), filler=1),
+        *codes,
         value,
         query_mask,
         key_mask,
@@ -111,7 +117,8 @@ def sampled_backward(
         raise NotImplementedError(f"mosaic_gpu made no hashes of type {type(hashes).__name__}.")
     normalize = norm is not None
     grad_out = _before_normalizing(grad_out, unit, norm)
-    query_codes, key_codes = hashes.codes(query, filler=0), hashes.codes(key, filler=1)
+    codes = hashes.kept or (hashes.codes(query, filler=0), hashes.codes(key, filler=1))
+    query_codes, key_codes = codes
     grad_value = _cumulate(
         key_codes,
         query_codes,
