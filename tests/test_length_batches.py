@@ -18,11 +18,11 @@ LENGTHS = np.random.default_rng(0).integers(1, 17, 83)
 
 
 def make(seed: int = 0) -> LengthBatches:
-    def pad(example: int, length: int) -> dict[str, np.ndarray]:
-        assert length >= LENGTHS[example]
-        return {"id": np.array(example), "row": np.zeros(length)}
+    def pad(rows: np.ndarray, length: int) -> dict[str, np.ndarray]:
+        assert (length >= LENGTHS[rows]).all()
+        return _pad(rows, length)
 
-    return LengthBatches(range(83), LENGTHS, (4, 8, 16), 10, seed, pad)
+    return LengthBatches(pad, LENGTHS, (4, 8, 16), 10, seed)
 
 
 def epoch(batches: LengthBatches, number: int) -> list[dict[str, Any]]:
@@ -50,21 +50,19 @@ def test_an_epoch_has_every_example() -> None:
 
 
 def test_workers_get_the_same_batches() -> None:
-    plain = LengthBatches([1, 2, 3], np.array([1, 2, 3]), (2, 4), 2, 0, _pad)
+    plain = LengthBatches(_pad, np.array([1, 2, 3]), (2, 4), 2, 0)
     copied = pickle.loads(pickle.dumps(plain))
     for number in range(9):
         np.testing.assert_equal(copied[number], plain[number])
     assert len(copied) > 10**9
 
 
-def _pad(example: int, length: int) -> dict[str, np.ndarray]:
-    return {"id": np.array(example), "row": np.zeros(length)}
+def _pad(rows: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    return {"id": rows, "row": np.zeros((len(rows), length))}
 
 
 def test_fewer_examples_than_a_batch_are_repeated() -> None:
-    batches = LengthBatches(
-        range(3), np.array([1, 2, 3]), (2, 4), 8, 0, lambda x, length: {"id": np.array(x)}
-    )
+    batches = LengthBatches(_pad, np.array([1, 2, 3]), (2, 4), 8, 0)
     assert sorted(set(batches[0]["id"].tolist())) == [0, 1, 2]
     assert batches[5]["id"].shape == (8,)
 

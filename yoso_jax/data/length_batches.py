@@ -19,24 +19,22 @@ class LengthBatches:
     example, and at most `batch_size - 1` of them twice. The batches then follow in random order.
 
     Args:
-        source: examples by index.
-        lengths: of each.
+        make: makes a batch of the examples of these numbers, padded to a length.
+        lengths: of each example.
         bounds: lengths to pad to, ascending; the last holds every example.
         batch_size: B, >= 1.
         seed: >= 0.
-        pad: pads an example, an element of `source`, to a length: arrays by name.
     """
 
     def __init__(
         self,
-        source: Any,
+        make: Callable[[Int[np.ndarray, " B"], int], dict[str, np.ndarray]],
         lengths: Int[np.ndarray, " examples"],
         bounds: Sequence[int],
         batch_size: int,
         seed: int,
-        pad: Callable[[Any, int], dict[str, np.ndarray]],
     ) -> None:
-        self._source, self._pad = source, pad
+        self._make = make
         self._bucket = np.searchsorted(np.asarray(bounds), lengths)
         self._bounds, self._batch_size, self._seed = tuple(bounds), batch_size, seed
         self._num_batches = -(-len(lengths) // batch_size)
@@ -49,8 +47,7 @@ class LengthBatches:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         epoch, place = divmod(int(index), self._num_batches)
         rows, bucket = self._plan(epoch)[place]
-        examples = [self._pad(self._source[int(row)], self._bounds[bucket]) for row in rows]
-        return {name: np.stack([each[name] for each in examples]) for name in examples[0]}
+        return self._make(rows, self._bounds[bucket])
 
     def __repr__(self) -> str:
         return f"LengthBatches(bounds={self._bounds}, batch_size={self._batch_size})"

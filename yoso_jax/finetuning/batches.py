@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
 from yoso_jax.data.length_batches import LengthBatches
 from yoso_jax.data.pipeline import READ_OPTIONS, Batch, iterate, shuffle_seed
@@ -40,8 +41,8 @@ def train_batches(
         Batches of what a model is called with, see `pad_row`.
     """
     if length_buckets is not None:
-        pad = functools.partial(pad_row, pad_id=pad_id)
-        batches = LengthBatches(features, features.lengths, length_buckets, batch_size, seed, pad)
+        make = functools.partial(_make_batch, features, pad_id)
+        batches = LengthBatches(make, features.lengths, length_buckets, batch_size, seed)
         return iterate(grain.MapDataset.source(batches), num_workers, start)
     return iterate(
         grain.MapDataset.source(features)
@@ -68,6 +69,13 @@ def ordered_batches(
         .batch(batch_size, batch_fn=fill)
         .to_iter_dataset(READ_OPTIONS)
     )
+
+
+def _make_batch(
+    features: Features, pad_id: int, rows: Int[np.ndarray, " B"], max_length: int
+) -> Batch:
+    examples = [pad_row(features[int(row)], max_length, pad_id) for row in rows]
+    return {name: np.stack([each[name] for each in examples]) for name in examples[0]}
 
 
 def pad_row(row: Row, max_length: int, pad_id: int) -> dict[str, np.ndarray]:
