@@ -31,6 +31,7 @@ from yoso_jax.errors import (
     Interrupted,
     NonFiniteError,
 )
+from yoso_jax.lra import LRAClassifier
 from yoso_jax.lra_objective import LRAObjective, load_data, majority_baseline
 from yoso_jax.metrics import MetricsWriter, read_metrics
 from yoso_jax.optim import OptimizerConfig, make_optimizer, make_schedule, weight_decay_mask
@@ -529,3 +530,34 @@ def test_graphdef_fits_parameters_of_either_attention(folder: Path) -> None:
     params = first_state(config)["params"]
     for mode in ("expectation", "sampled"):
         nnx.merge(LRAObjective(with_attention(config, mode)).make_graphdef(), params)
+
+
+def test_run_starts_from_the_model_of_a_shorter_one(tmp_path):
+    config = tiny_config(tmp_path, "short")
+    longer = config.model.replace(max_position_embeddings=32)
+    longer = dataclasses.replace(
+        config, run_dir=str(tmp_path / "long"), init_from=f"{config.run_dir}/model", model=longer
+    )
+    with fast_compilations():
+        trainer.train(config, console=quiet_console()[0])
+        for changes, message in (
+            ({}, "pass position_extension='tile'"),
+            ({"init_from": "/nowhere"}, "no file or folder /nowhere"),
+            ({"model": config.model.replace(num_labels=11)}, "of a wrong shape"),
+        ):
+            with pytest.raises(CheckpointError, match=rf"cannot start from [\s\S]*{message}"):
+                trainer.train(dataclasses.replace(longer, **changes), console=quiet_console()[0])
+            assert not Path(longer.run_dir).exists()
+        longer = dataclasses.replace(longer, position_extension="tile")
+        trainer.train(longer, console=quiet_console()[0])
+    old = LRAClassifier.from_pretrained(f"{config.run_dir}/model")
+    start = LRAObjective(longer).make_model(jax.random.key(5))
+    positions = old.position_embeddings.embedding[...]
+    np.testing.assert_array_equal(
+        start.position_embeddings.embedding[...], np.concatenate([positions, positions])
+    )
+    np.testing.assert_array_equal(start.dense.kernel[...], old.dense.kernel[...])
+    assert not np.array_equal(
+        LRAClassifier.from_pretrained(f"{longer.run_dir}/model").dense.kernel[...],
+        old.dense.kernel[...],
+    )

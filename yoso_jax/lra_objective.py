@@ -1,6 +1,8 @@
 """What the trainer asks of a task of Long Range Arena."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -11,14 +13,16 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 
+from yoso_jax.conversion.load import make_plan
 from yoso_jax.data.listops import read_published
 from yoso_jax.data.pipeline import eval_batches, make_iterator
 from yoso_jax.data.splits import Split, TaskData
 from yoso_jax.data.tasks import load_task
-from yoso_jax.errors import ConfigError, DataError, is_disk_full
+from yoso_jax.errors import CheckpointError, ConfigError, DataError, is_disk_full
 from yoso_jax.lra import LRAClassifier
 from yoso_jax.objective import Batch, Evaluation, Objective, Put, sum_up
-from yoso_jax.sharding import with_ambient_mesh
+from yoso_jax.saving import MODEL_FOLDER
+from yoso_jax.sharding import fetch, with_ambient_mesh
 from yoso_jax.train_config import TrainConfig
 
 
@@ -34,6 +38,7 @@ class LRAObjective(Objective[TrainConfig]):
 
     def __init__(self, config: TrainConfig, data: TaskData | None = None) -> None:
         self.config, self._data = config, data
+        self.reads_parameters = config.init_from is not None
 
     @classmethod
     def create(cls, config: TrainConfig) -> "LRAObjective":
@@ -48,7 +53,23 @@ class LRAObjective(Objective[TrainConfig]):
         return self._data
 
     def make_model(self, key: Key[Array, ""]) -> LRAClassifier:
-        """The classifier, its float32 parameters drawn from `key`."""
+        """The classifier, its float32 parameters drawn from `key`, or those of `init_from`.
+
+        Raises:
+            CheckpointError: that cannot be read, or is of another model.
+        """
+        path = self.config.init_from
+        if path is None:
+            return self._draw_model(key)
+        dtype, fields = jnp.dtype(self.config.dtype), dataclasses.asdict(self.config.model)
+        how = self.config.position_extension
+        try:
+            plan = make_plan([LRAClassifier], path, position_extension=how, **fields)
+            return plan.load(dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(key))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot start from {path}: {error}") from error
+
+    def _draw_model(self, key: Key[Array, ""]) -> LRAClassifier:
         return LRAClassifier(
             self.config.model,
             dtype=jnp.dtype(self.config.dtype),
@@ -58,7 +79,7 @@ class LRAObjective(Objective[TrainConfig]):
 
     def make_abstract_model(self) -> LRAClassifier:
         """The same with shapes for arrays."""
-        return nnx.eval_shape(lambda: self.make_model(jax.random.key(0)))
+        return nnx.eval_shape(lambda: self._draw_model(jax.random.key(0)))
 
     def make_iterator(self, start: int = 0) -> grain.DatasetIterator[dict[str, np.ndarray]]:
         """Batches of the training split, see `yoso_jax.data.pipeline.make_iterator`."""
@@ -123,9 +144,16 @@ class LRAObjective(Objective[TrainConfig]):
     def finish(
         self, params: PyTree, evaluation: Evaluation, say: Callable[[str], None]
     ) -> dict[str, Any]:
-        """Tests, and compares with always answering the most frequent label."""
+        """Tests, and compares with always answering the most frequent label.
+
+        The classifier goes to model/.
+        """
         test = evaluation(params, "test")
         say(f"test {self.describe('test', test)}")
+        params = fetch(params)
+        if jax.process_index() == 0:
+            model = nnx.merge(self.make_graphdef(), params)
+            model.save_pretrained(Path(self.config.run_dir) / MODEL_FOLDER)
         return {
             "test_loss": test["loss"],
             "test_accuracy": test["accuracy"],

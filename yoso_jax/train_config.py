@@ -1,10 +1,11 @@
 """The configuration of a classifier trained on a task of Long Range Arena."""
 
 import dataclasses
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, get_args
 
 import tyro
 
+from yoso_jax.conversion.positions import PositionExtension
 from yoso_jax.data.tasks import TASKS, DataConfig
 from yoso_jax.lra import LRAConfig
 from yoso_jax.run_config import RunConfig
@@ -14,7 +15,7 @@ from yoso_jax.run_config import RunConfig
 class TrainConfig(RunConfig):
     """One classifier trained on a task of Long Range Arena; every number a run depends on.
 
-    Of `sequence_length`: Text and Retrieval are cut off there; examples of the other tasks may not
+    The folder of the run also gets model/. Of `sequence_length`: Text and Retrieval are cut off there; examples of the other tasks may not
     be longer.
     """
 
@@ -31,6 +32,11 @@ class TrainConfig(RunConfig):
     tsv_dir: str | None = None
     """Folder of a published copy of ListOps (basic_train.tsv, basic_val.tsv, basic_test.tsv) to
     read instead of generating `data`."""
+    init_from: str | None = None
+    """Checkpoint to start from, as `LRAClassifier.from_pretrained` reads them, of a model with the
+    shapes of `model`; none draws all parameters."""
+    position_extension: PositionExtension | None = None
+    """How to make more positions than `init_from` has: "tile" or "interpolate"."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,6 +45,7 @@ class TrainConfig(RunConfig):
                 f"sequence_length must be at most model.max_position_embeddings "
                 f"({self.model.max_position_embeddings}), got {self.sequence_length}"
             )
+        self._check_choice("position_extension", (None, *get_args(PositionExtension)))
         if self.length_buckets is not None and (self.model.pooling, self.model.mean_over) == (
             "mean",
             "all",
