@@ -15,8 +15,8 @@ from yoso_jax.run_config import RunConfig
 class TrainConfig(RunConfig):
     """One classifier trained on a task of Long Range Arena; every number a run depends on.
 
-    The folder of the run also gets model/. Of `sequence_length`: Text and Retrieval are cut off there; examples of the other tasks may not
-    be longer.
+    The folder of the run also gets model/. Of `sequence_length`: Text and Retrieval are cut off
+    there; examples of the other tasks may not be longer.
     """
 
     kind: ClassVar[str] = "lra"
