@@ -21,16 +21,32 @@ def draw_codes(*shapes, num_codes):
     return [jnp.asarray(rng.integers(0, num_codes, shape), jnp.int32) for shape in shapes]
 
 
-def rows_with_slope(weights, slope, cosine, value, *, hash_code_len):
-    """`weights value`, whose derivative by the cosines is `t/2 slope value`.
+def unit_rows(weights, slope, cosine, value, *, hash_code_len, num_hashes=None, key_mask=None):
+    """Normalised rows of `weights value`, whose derivative by the cosines is that of YOSO.
 
-    Without its part along `slope value`, which is zero anyway where slope and weights are the same
-    and the rows are normalised.
+    `t/2 slope` is that of the weights. Where the slope is not that of `num_hashes` hashes
+    themselves, but of what they are in expectation, a row moves by what one collision more in one
+    of them would do, with values that have in the second order the mean and mean square of all.
     """
     weights, slope = jax.lax.stop_gradient((weights, slope))
     total = functools.partial(jnp.einsum, "bnts,bnsd->bntd", precision="highest")
     fixed = jax.lax.stop_gradient(value)
-    along = l2_normalize(total(slope, fixed))
-    change = total(hash_code_len / 2 * slope * (cosine - jax.lax.stop_gradient(cosine)), fixed)
-    change -= jnp.sum(change * along, axis=-1, keepdims=True) * along
-    return total(weights, value) + change
+    change = hash_code_len / 2 * slope * (cosine - jax.lax.stop_gradient(cosine))
+    rows = total(weights, value)
+    if num_hashes is None:
+        return l2_normalize(rows + total(change, fixed))
+    if key_mask is None:
+        key_mask = jnp.ones((value.shape[0], value.shape[2]), bool)
+    is_key = key_mask[:, None, :, None]
+    count = jnp.sum(is_key, axis=2, keepdims=True)
+    norm = jnp.linalg.norm(jax.lax.stop_gradient(rows), axis=-1, keepdims=True)
+    unit = l2_normalize(jax.lax.stop_gradient(rows))
+    mean = jnp.sum(jnp.where(is_key, fixed, 0), axis=2, keepdims=True) / count
+    square = jnp.sum(jnp.where(is_key, fixed**2, 0), axis=(2, 3), keepdims=True) / count
+    added = jnp.sum(unit * mean, axis=-1, keepdims=True) / num_hashes
+    squared = norm**2 + 2 * norm * added + square / num_hashes**2
+    longer = jnp.sqrt(jnp.maximum(squared, 0.01 * square / num_hashes**2))
+    along = jnp.einsum("bntd,bnsd->bnts", unit, fixed, precision="highest")
+    turn = (total(change, fixed) - jnp.sum(change * along, -1, keepdims=True) * unit) / longer
+    stretch = num_hashes * ((norm + added) / longer - 1) * jnp.sum(change, -1, keepdims=True)
+    return l2_normalize(rows) + turn + stretch * unit

@@ -1,12 +1,13 @@
 """The public operation: values, gradients, masks, dtypes, edges and errors."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_helpers import rows_with_slope
+from attention_helpers import unit_rows
 from run_helpers import fast_compilations
 from safetensors.numpy import load_file
 
@@ -56,14 +57,17 @@ def dense(
         )
         codes = [hash_codes(x, projection, hash_code_len=hash_code_len) for x in (q, k)]
         weights = reference.collision_weights(*codes)
-    slope = weights if backward == "sampled" else expectation
+    is_other = num_hashes is not None and backward != "sampled"
+    slope = expectation if is_other else weights
     cosine = jnp.einsum("bnth,bnsh->bnts", unit_q, unit_k, precision="highest")
     if mask is not None:
         weights, slope = (jnp.where(mask[:, None, None, :], x, 0) for x in (weights, slope))
     if query_mask is not None:
         weights, slope = (jnp.where(query_mask[:, None, :, None], x, 0) for x in (weights, slope))
-    rows = rows_with_slope(weights, slope, cosine, v, hash_code_len=hash_code_len)
-    return jnp.swapaxes(l2_normalize(rows), 1, 2)
+    options: dict[str, Any] = dict(hash_code_len=hash_code_len)
+    if is_other:
+        options |= dict(num_hashes=num_hashes, key_mask=mask)
+    return jnp.swapaxes(unit_rows(weights, slope, cosine, v, **options), 1, 2)
 
 
 MODES = [

@@ -31,7 +31,7 @@ def test_tokens_are_gathered_and_scattered(columns, count, by_column):
         rng.integers(1, 2**15, (num_tokens, heads, x)).astype(np.int16)
         for x in (columns, row_columns)
     )
-    scales = rng.standard_normal(num_tokens).astype(np.float32)
+    numbers = rng.standard_normal((2, num_tokens)).astype(np.float32)
     order = rng.permutation(num_tokens)[:TILE]
     words = ((5 << layout.token_bits) | order).astype(np.int32)
     tile_bytes, row_bytes = TILE * 2 * columns, TILE * 2 * row_columns
@@ -39,7 +39,7 @@ def test_tokens_are_gathered_and_scattered(columns, count, by_column):
     def body(lane, inputs, outputs, shared, _):
         tile, row_tile = shared, shared.at(tile_bytes)
         copies = row_tile.at(row_bytes)
-        own = copies.at(4 * TILE)
+        own = copies.at(8 * TILE)
         thread, counted = lane.thread_id(), lane.i32(count)
         bucket_tiles.copy_words(lane, inputs[0], own, first=lane.i32(0), layout=Words(TILE, 3))
         lane.commit_copies()
@@ -50,7 +50,7 @@ def test_tokens_are_gathered_and_scattered(columns, count, by_column):
             own,
             (inputs[1].at(1, 2 * columns), tile, columns),
             (inputs[2].at(1, 2 * row_columns), row_tile, row_columns),
-            (inputs[3], copies),
+            (inputs[3], copies, 2),
             count=counted,
             stride=heads,
             layout=layout,
@@ -68,21 +68,23 @@ def test_tokens_are_gathered_and_scattered(columns, count, by_column):
         bucket_tiles.scatter(
             lane, own, row_tile, target, count=every, columns=row_columns, **options
         )
-        with lane.when(thread < TILE):
-            outputs[2].at(thread, 4).store(copies.at(thread, 4).load())
+        outputs[2].at(thread, 4).store(copies.at(thread, 4).load())
 
     out = (
         jax.ShapeDtypeStruct(tokens.shape, np.int16),
         jax.ShapeDtypeStruct(rows.shape, np.int16),
-        jax.ShapeDtypeStruct((TILE,), np.float32),
+        jax.ShapeDtypeStruct((2, TILE), np.float32),
     )
-    shared_bytes = tile_bytes + row_bytes + 8 * TILE
+    shared_bytes = tile_bytes + row_bytes + 12 * TILE
     program = Program("test", body, out, 1, 1, shared_bytes=shared_bytes, incomplete=True)
-    scattered, scattered_rows, known = lane_numpy.call(program, words, tokens, rows, scales)
+    scattered, scattered_rows, known = lane_numpy.call(program, words, tokens, rows, numbers)
     if by_column:
         known = np.asarray(tiles.from_column_order(jnp.asarray(known)))
-    # Beyond the count the last one is repeated.
-    np.testing.assert_array_equal(known, scales[order[np.minimum(np.arange(TILE), count - 1)]])
+    # Beyond the count the last one is repeated, but by column there are zeros.
+    expected = numbers[:, order[np.minimum(np.arange(TILE), count - 1)]]
+    if by_column:
+        expected[:, count:] = 0
+    np.testing.assert_array_equal(known, expected)
     np.testing.assert_array_equal(scattered[order[:count], 1], tokens[order[:count], 1])
     others = np.setdiff1d(np.arange(num_tokens), order[:count])
     assert not (scattered[others, 1] == tokens[others, 1]).all(axis=-1).any()
@@ -91,21 +93,28 @@ def test_tokens_are_gathered_and_scattered(columns, count, by_column):
 
 
 @pytest.mark.parametrize("exponent", [0, 6])
-@pytest.mark.parametrize("has_products", [False, True])
-def test_weights_of_a_tile(exponent, has_products, unchecked_shapes):
-    """Probabilities, or what unnormalised columns are weighed by."""
+@pytest.mark.parametrize("shift", [None, "rows", "columns"])
+def test_weights_of_a_tile(exponent, shift, unchecked_shapes):
+    """What unnormalised columns are weighed by."""
     rng = np.random.default_rng(0)
     lengths = np.exp(rng.uniform(-1, 1, 64)).astype(np.float32)
     column_lengths = np.exp(rng.uniform(-1, 1, 32)).astype(np.float32)
     cosine, products = rng.uniform(-0.7, 0.7, (64, 32)), rng.standard_normal((64, 32))
     chain = collision_chain(exponent)
-    rows = np.stack(tiles.row_values(jnp.asarray(lengths), chain))
+    rows = tiles.row_values(jnp.asarray(lengths), chain)
+    shifts = rng.standard_normal(64 if shift == "rows" else 32).astype(np.float32)
+    if shift == "rows":
+        rows.append(shifts)
+    rows = np.stack(rows)
+    columns = np.stack([-1 / column_lengths, shifts[:32] / -column_lengths])
     scores = cosine * lengths[:, None] * column_lengths
 
     def body(lane, inputs, outputs, shared, _):
         thread = lane.thread_id()
         with lane.when(thread < 32):
-            shared.at(thread, 4).store(inputs[2].at(thread, 4).load())
+            for i in range(2):
+                word = inputs[2].at(thread, 4).load(1, 128 * i)
+                shared.at(thread, 4).at(i, 4 * TILE).store(word)
         lane.barrier()
         first = (thread >> 5) * 16 + ((thread >> 2) & 7)
         # In the order of a matrix product's registers.
@@ -122,26 +131,30 @@ def test_weights_of_a_tile(exponent, has_products, unchecked_shapes):
         out = bucket_tiles.weights(
             lane,
             tile(inputs[0]),
-            tile(inputs[1]) if has_products else None,
+            tile(inputs[1]),
             values,
             shared,
             chain,
+            shift,
         )
         for each, (_, r, _), value in zip(column, place, out, strict=True):
             outputs[0].at(each * 64 + first, 4).store([lane.bitcast_i32(value)], 32 * r)
 
     out = jax.ShapeDtypeStruct((32, 64), jnp.float32)
-    program = Program("weights", body, (out,), num_blocks=1, num_warpgroups=1, shared_bytes=128)
+    program = Program(
+        "weights", body, (out,), num_blocks=1, num_warpgroups=1, shared_bytes=8 * TILE
+    )
     args = scores.T, products.T
     (out,) = lane_numpy.call(
         program,
         *(np.ascontiguousarray(x, np.float32) for x in args),
-        np.asarray(tiles.in_column_order(-1 / column_lengths)),
+        np.asarray(tiles.in_column_order(jnp.asarray(columns))),
         rows,
     )
     expected = (1 - np.arccos(cosine) / np.pi) ** exponent
-    if has_products:
-        expected = expected * products / -column_lengths
+    if shift is not None:
+        products = products + (shifts[:, None] if shift == "rows" else shifts)
+    expected = expected * products / -column_lengths
     np.testing.assert_allclose(out.T, expected, rtol=3e-3, atol=1e-5)
 
 
@@ -173,31 +186,31 @@ def draw(num_queries, num_keys, head_dim, value_dim, bits, num_hashes, dtype, ba
         hash_codes(jnp.swapaxes(x, 1, 2).astype(jnp.float32), projection, hash_code_len=bits)
         for x in (query, key)
     ]
-    return *codes, query, key, value, grad_out
+    shift = jax.random.normal(keys[0], (batch, num_queries, heads)) * 3
+    return *codes, query, key, value, grad_out, shift
 
 
 @pytest.mark.parametrize(("t", "s", "h", "d", "bits", "bucket_bits", "hashes"), SHAPES)
-@pytest.mark.parametrize("normalize", [False, True])
-def test_kernels_lower_for_cuda(t, s, h, d, bits, bucket_bits, hashes, normalize):
+@pytest.mark.parametrize("shifted", [False, True])
+def test_kernels_lower_for_cuda(t, s, h, d, bits, bucket_bits, hashes, shifted):
     make = functools.partial(draw, t, s, h, d, bits, hashes, jnp.bfloat16)
-    *args, grad_out = jax.eval_shape(make)
+    *args, rows, shift = jax.eval_shape(make)
     masks = [jax.ShapeDtypeStruct((2, n), bool) for n in (t, s)]
 
     def run(*args):
         assert buckets.is_supported(args[2], args[4], bucket_bits)
-        options = dict(hash_code_len=bits, bucket_bits=bucket_bits, normalize=normalize)
+        options = dict(hash_code_len=bits, bucket_bits=bucket_bits)
         return buckets.bucketed_gradients(*args, **options)
 
-    traced = jax.jit(run).trace(*args, *masks, grad_out)
+    traced = jax.jit(run).trace(*args, *masks, rows, shift if shifted else None)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    # Sorting each side by each digit; buckets, tiles, sums and the last step of each side; sums of
-    # values and the last step of the gradient without them.
+    # Sorting each side by each digit; buckets, tiles, sums and the last step of each side.
     sorts = 2 if bucket_bits > 6 else 1
-    assert text.count("@mosaic_gpu") == 2 * sorts + 8 + 2 * normalize
+    assert text.count("@mosaic_gpu") == 2 * sorts + 8
 
 
 INTERPRETED = {
-    # T, S, H, D, code bits, bucket bits, hashes, blocks that run at a time, masks, normalised rows
+    # T, S, H, D, code bits, bucket bits, hashes, blocks that run at a time, masks, shifts
     "more-work-than-blocks": (150, 130, 16, 16, 6, 1, 2, 1, True, True),
     "unequal-buckets-without-tokens": (70, 200, 64, 48, 9, 4, 1, 2, False, True),
     "all-bits": (65, 65, 33, 20, 5, 5, 1, 1, True, False),
@@ -207,27 +220,27 @@ INTERPRETED = {
 
 @pytest.mark.parametrize("case", INTERPRETED)
 def test_interpreted_kernels_agree_with_xla(capsys, monkeypatch, unchecked_shapes, case):
-    t, s, h, d, bits, bucket_bits, hashes, blocks, masked, normalize = INTERPRETED[case]
+    t, s, h, d, bits, bucket_bits, hashes, blocks, masked, shifted = INTERPRETED[case]
     monkeypatch.setattr(bucket_tiles, "_BLOCKS", blocks)
-    *args, grad_out = draw(t, s, h, d, bits, hashes, jnp.bfloat16, batch=1)
+    *args, rows, shift = draw(t, s, h, d, bits, hashes, jnp.bfloat16, batch=1)
     masks = [jnp.arange(n)[None] < n - n // 3 if masked else None for n in (t, s)]
     if masked:
         # What is in the rows of masked tokens is not used.
         args[2:4] = [
             jnp.where(m[..., None, None], x, jnp.nan) for m, x in zip(masks, args[2:4], strict=True)
         ]
-    options = dict(hash_code_len=bits, bucket_bits=bucket_bits, normalize=normalize)
-    found = buckets.bucketed_gradients(
-        *args, *masks, grad_out, **options, call=lane_numpy.call, interpret=True
-    )
-    assert_agree(found, expected_gradients(args, masks, grad_out, **options), 6e-3)
+    options = dict(hash_code_len=bits, bucket_bits=bucket_bits)
+    args += [*masks, rows, shift if shifted else None]
+    found = buckets.bucketed_gradients(*args, **options, call=lane_numpy.call, interpret=True)
+    assert_agree(found, expected_gradients(args, **options), 6e-3)
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
-def expected_gradients(args, masks, grad_out, **options):
-    wide = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in args]
-    run = jax.jit(functools.partial(xla.bucketed_gradients, **options))
-    return run(*wide, *masks, grad_out.astype(jnp.float32))
+def expected_gradients(args, **options):
+    wide = jax.tree.map(
+        lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, args
+    )
+    return jax.jit(functools.partial(xla.bucketed_gradients, **options))(*wide)
 
 
 def assert_agree(found, expected, tolerance):
@@ -252,11 +265,11 @@ def test_what_is_not_supported():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("t", "s", "h", "d", "bits", "bucket_bits", "hashes"), SHAPES)
-def test_kernels_agree_with_xla(t, s, h, d, bits, bucket_bits, hashes, masked, normalize, dtype):
-    *args, grad_out = draw(t, s, h, d, bits, hashes, dtype)
+def test_kernels_agree_with_xla(t, s, h, d, bits, bucket_bits, hashes, masked, shifted, dtype):
+    *args, rows, shift = draw(t, s, h, d, bits, hashes, dtype)
     masks = [None, None]
     if masked:
         masks = [
@@ -266,11 +279,11 @@ def test_kernels_agree_with_xla(t, s, h, d, bits, bucket_bits, hashes, masked, n
         # What is in the rows of masked tokens is not used.
         args[2] = jnp.where(masks[0][..., None, None], args[2], jnp.nan)
         args[3] = jnp.where(masks[1][..., None, None], args[3], jnp.nan)
-    options = dict(hash_code_len=bits, bucket_bits=bucket_bits, normalize=normalize)
+    options = dict(hash_code_len=bits, bucket_bits=bucket_bits)
     run = jax.jit(functools.partial(buckets.bucketed_gradients, **options))
-    found = run(*args, *masks, grad_out)
-    again = run(*args, *masks, grad_out)
-    expected = expected_gradients(args, masks, grad_out, **options)
+    args += [*masks, rows, shift if shifted else None]
+    found, again = run(*args), run(*args)
+    expected = expected_gradients(args, **options)
     for mine, same in zip(found, again, strict=True):
         assert mine.dtype == dtype
         np.testing.assert_array_equal(mine, same)
@@ -280,14 +293,14 @@ def test_kernels_agree_with_xla(t, s, h, d, bits, bucket_bits, hashes, masked, n
 @pytest.mark.gpu
 def test_uneven_buckets_take_the_dense_gradients():
     """Where all tokens share a bucket, sums over buckets would take longer."""
-    *args, grad_out = draw(1024, 1024, 64, 64, 9, 2, jnp.bfloat16)
+    *args, rows, shift = draw(1024, 1024, 64, 64, 9, 2, jnp.bfloat16)
     dense = jax.jit(lambda: (args[2] * 0 + 7, args[3] * 0 + 8))()
     run = functools.partial(
         buckets.bucketed_gradients, hash_code_len=9, bucket_bits=4, dense=lambda: dense
     )
-    even = jax.jit(run)(*args, None, None, grad_out)
+    even = jax.jit(run)(*args, None, None, rows, shift)
     assert not (even[0] == 7).all()
     args[:2] = [x * 0 + 5 for x in args[:2]]
-    uneven = jax.jit(run)(*args, None, None, grad_out)
+    uneven = jax.jit(run)(*args, None, None, rows, shift)
     assert (uneven[0] == 7).all()
     assert (uneven[1] == 8).all()

@@ -296,8 +296,10 @@ def in_numpy(monkeypatch, on_any_machine):
     tangents = functools.partial(operations.tangents, call=numpy_call)
     monkeypatch.setattr(operations, "tangents", tangents)
 
-    def xla_gradients(*args, deterministic, **options):
-        return xla.surrogate_gradients(None, *args, **options)
+    def xla_gradients(*args, deterministic, with_value=True, **options):
+        if with_value:
+            return xla.surrogate_gradients(None, *args[:-1], **options)
+        return *xla.expected_gradients(*args, **options), None
 
     monkeypatch.setattr(operations, "gradients", xla_gradients)
     monkeypatch.setattr(operations, "attend", xla.expectation)

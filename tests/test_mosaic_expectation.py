@@ -177,7 +177,10 @@ def test_kernels_lower_for_cuda(case):
     parts = -(-max(head_dim, value_dim if chosen["with_value"] else 0) // 64)
     # The gradient of the queries by kernels of its own, or the kernel of `tangents`.
     others = -(-head_dim // 64) if chosen["deterministic"] else 1
-    assert lower(backward, *args, *masks, cotangent).count("@mosaic_gpu") == parts + others
+    # Shifts are of what was sampled, without the gradient of value.
+    shift = None if chosen["with_value"] else jax.ShapeDtypeStruct(shape[:3], jnp.float32)
+    text = lower(backward, *args, *masks, cotangent, shift)
+    assert text.count("@mosaic_gpu") == parts + others
 
 
 def test_cases_have_all_plans():
@@ -191,7 +194,18 @@ def test_cases_have_all_plans():
         found = set()
         for part in range(4):
             plan = expectation_backward.Plan(
-                1, 1, 128, 128, head_dim, value_dim, 9, part, False, not deterministic, with_value
+                1,
+                1,
+                128,
+                128,
+                head_dim,
+                value_dim,
+                9,
+                part,
+                False,
+                None,
+                not deterministic,
+                with_value,
             )
             if part < plan.parts:
                 outputs = plan.key_width > 0, plan.value_width > 0
@@ -224,7 +238,7 @@ def test_plans_fit(head_dim, value_dim):
     assert used + 1024 <= limit
     for part in range(4):
         plan = expectation_backward.Plan(
-            1, 1, 512, 512, head_dim, value_dim, 9, part, True, True, True
+            1, 1, 512, 512, head_dim, value_dim, 9, part, True, "columns", True, True
         )
         assert plan.stages >= 1
         assert (plan.key_width + plan.value_width > 0) == (part < plan.parts)
@@ -243,8 +257,8 @@ def test_flags_of_xla_ask_for_the_same_bits(monkeypatch):
 # On a GPU.
 
 
-def expected(args, masks, bits):
-    """Result and gradients in float64."""
+def expected(args, masks, bits, shift=0):
+    """Result and gradients in float64; products of the cotangent and values with a shift."""
     query, key, value, cotangent = (np.asarray(x, np.float64) for x in args)
     query_mask, key_mask = masks
     if query_mask is not None:
@@ -261,7 +275,10 @@ def expected(args, masks, bits):
     if key_mask is not None:
         weights = weights * np.asarray(key_mask)[:, None, None]
     out = np.einsum("bnts,bsnd->btnd", weights, value)
-    scores = bits / 2 * weights * np.einsum("btnd,bsnd->bnts", cotangent, value)
+    products = np.einsum("btnd,bsnd->bnts", cotangent, value)
+    if np.ndim(shift):
+        products = products + np.swapaxes(np.asarray(shift, np.float64), 1, 2)[..., None]
+    scores = bits / 2 * weights * products
     grad_query = np.einsum("bnts,bsnh->btnh", scores, unit_key)
     grad_key = np.einsum("bnts,btnh->bsnh", scores, unit_query)
     grads = [
@@ -286,14 +303,18 @@ def assert_accurate(args, masks, bits):
     plain, _ = jax.jit(functools.partial(expectation.attend, hash_code_len=bits, normalize=False))(
         *tokens, *masks
     )
-    wanted, *wanted_grads = expected(args, masks, bits)
+    wanted, *exact_grads = expected(args, masks, bits)
     wanted_norm = np.linalg.norm(wanted, axis=-1)
     assert relative_error(plain, wanted) < 3e-3
     assert relative_error(norm, wanted_norm) < 3e-3
     unit = wanted / np.maximum(wanted_norm, 1e-12)[..., None]
     assert relative_error(out, unit) < 3e-3
+    some_shift = 3 * normal(tokens[0].shape, 1, 1, jnp.float32)[0][..., 0]
+    shifted_grads = expected(args, masks, bits, some_shift)[1:]
     for deterministic in (False, True):
         for with_value in (True, False):
+            shift = None if with_value else some_shift
+            wanted_grads = exact_grads if with_value else shifted_grads
             grads = jax.jit(
                 functools.partial(
                     expectation_backward.gradients,
@@ -301,7 +322,7 @@ def assert_accurate(args, masks, bits):
                     with_value=with_value,
                     deterministic=deterministic,
                 )
-            )(*tokens, *masks, cotangent)
+            )(*tokens, *masks, cotangent, shift)
             assert (grads[2] is None) == (not with_value)
             for grad, each in zip(grads, wanted_grads, strict=True):
                 if grad is not None:

@@ -140,6 +140,7 @@ BACKWARD = {
         dtype=jnp.float16,
         query_mask=prefix,
         key_mask=prefix,
+        shifted=True,
     ),
     "2-warpgroups-same-bits": dict(
         bits=9,
@@ -160,8 +161,10 @@ BACKWARD = {
         value_dim=100,
         dtype=jnp.float16,
         query_mask=scattered,
+        key_mask=scattered,
         deterministic=True,
         with_value=False,
+        shifted=True,
     ),
     "no-queries": dict(
         bits=16,
@@ -170,6 +173,7 @@ BACKWARD = {
         value_dim=64,
         query_mask=first_row,
         with_value=False,
+        shifted=True,
     ),
     "no-keys": dict(bits=8, shape=(2, 3, 1, 64), num_keys=5, value_dim=64, key_mask=first_row),
     # More keys than blocks, which take one after another, some of them masked.
@@ -190,15 +194,23 @@ BACKWARD = {
 
 @pytest.mark.parametrize("case", BACKWARD)
 def test_backward(capsys, monkeypatch, unchecked_shapes, case):
-    given, options = split(BACKWARD[case], deterministic=False, with_value=True, blocks=None)
-    blocks = options.pop("blocks")
+    given, options = split(
+        BACKWARD[case], deterministic=False, with_value=True, blocks=None, shifted=False
+    )
+    blocks, shifted = options.pop("blocks"), options.pop("shifted")
     if blocks is not None:
         monkeypatch.setattr(expectation_backward, "_MULTIPROCESSORS", blocks)
     args, masks, bits = inputs(**given)
+    shift = None
+    if shifted:
+        # What masked queries have is not used.
+        shift = 3 * normal(given["shape"], 1, 1, jnp.float32)[0][..., 0]
+        if masks[0] is not None:
+            shift = jnp.where(masks[0][..., None], shift, jnp.nan)
     grads = expectation_backward.gradients(
-        *args[:3], *masks, args[3], hash_code_len=bits, interpret=True, **options
+        *args[:3], *masks, args[3], shift, hash_code_len=bits, interpret=True, **options
     )
-    _, *wanted = expected(args, masks, bits)
+    _, *wanted = expected(args, masks, bits, 0 if shift is None else jnp.nan_to_num(shift))
     assert (grads[2] is not None) == options["with_value"]
     for grad, each, mask in zip(grads, wanted, (*masks, masks[1]), strict=True):
         if grad is not None:

@@ -11,8 +11,6 @@ number is found by a search in the running count of pairs over the buckets.
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,76 +59,25 @@ def bucketed_gradients(
     Returns:
       The gradients, float32 or float64 as `query`.
     """
-    options = dict(hash_code_len=hash_code_len, bucket_bits=bucket_bits)
-    args = query_codes, key_codes, query, key, value, grad_out, query_mask, key_mask
-    grad_query, grad_key = _sums(_gradients_of_pairs, options, *args)
-    return hash_code_len / 2 * grad_query, hash_code_len / 2 * grad_key
-
-
-def bucketed_values(
-    query_codes: Int[Array, "*batch T m"],
-    key_codes: Int[Array, "*batch S m"],
-    query: Float[Array, "*batch T H"],
-    key: Float[Array, "*batch S H"],
-    value: Float[Array, "*batch S D"],
-    query_mask: Bool[Array, "*batch T"] | None,
-    key_mask: Bool[Array, "*batch S"] | None,
-    *,
-    hash_code_len: int,
-    bucket_bits: int,
-) -> Float[Array, "*batch T D"]:
-    """The sums of values of which `bucketed_gradients` has the gradients, by the same pairs.
-
-    See there for arguments.
-    """
-    options = dict(hash_code_len=hash_code_len, bucket_bits=bucket_bits)
-    nothing = jnp.zeros((*query.shape[:-1], 0), query.dtype)
-    args = query_codes, key_codes, query, key, value, nothing, query_mask, key_mask
-    return _sums(_values_of_pairs, options, *args)[0]
-
-
-def _gradients_of_pairs(
-    weights: Array, query: Array, grad_out: Array, key: Array, value: Array
-) -> tuple[Array, Array]:
-    weights = weights * blocked.matmul("ptd,psd->pts", grad_out, value)
-    return (
-        blocked.matmul("pts,psh->pth", weights, key),
-        blocked.matmul("pts,pth->psh", weights, query),
-    )
-
-
-def _values_of_pairs(
-    weights: Array, query: Array, grad_out: Array, key: Array, value: Array
-) -> tuple[Array, Array]:
-    nothing = jnp.zeros((*key.shape[:-1], 0), key.dtype)
-    return blocked.matmul("pts,psd->ptd", weights, value), nothing
-
-
-# From the weights of tiles of pairs, and query, gradient, key and value of their tokens, to what is
-# summed up for the queries and for the keys.
-_OfPairs = Callable[[Array, Array, Array, Array, Array], tuple[Array, Array]]
-
-
-def _sums(of_pairs: _OfPairs, options: Any, *args: Any) -> tuple[Array, Array]:
-    sums = functools.partial(_sums_of_heads, of_pairs, **options)
+    gradients = functools.partial(_gradients, hash_code_len=hash_code_len, bucket_bits=bucket_bits)
     # More heads, for `vmap`: a loop with a length for each of them would copy all it sums into, in
     # every step, for those that have ended.
-    sums = jax.custom_batching.custom_vmap(sums)
+    gradients = jax.custom_batching.custom_vmap(gradients)
 
-    @sums.def_vmap
+    @gradients.def_vmap
     def _(axis_size: int, is_batched: Any, *args: Any) -> tuple:
         args = jax.tree.map(
             lambda x, batched: x if batched else jnp.broadcast_to(x, (axis_size, *x.shape)),
             args,
             tuple(is_batched),
         )
-        return _sums(of_pairs, options, *args), (True, True)
+        options = dict(hash_code_len=hash_code_len, bucket_bits=bucket_bits)
+        return bucketed_gradients(*args, **options), (True, True)
 
-    return sums(*args)
+    return gradients(query_codes, key_codes, query, key, value, grad_out, query_mask, key_mask)
 
 
-def _sums_of_heads(
-    of_pairs: _OfPairs,
+def _gradients(
     query_codes: Array,
     key_codes: Array,
     query: Array,
@@ -143,7 +90,7 @@ def _sums_of_heads(
     hash_code_len: int,
     bucket_bits: int,
 ) -> tuple[Array, Array]:
-    """Means over the hashes, with the leading dimensions together as heads."""
+    """`bucketed_gradients`, its leading dimensions together as heads."""
     num_buckets, num_hashes = 2**bucket_bits, query_codes.shape[-1]
 
     def by_hash(codes: Array, mask: Array | None) -> Array:
@@ -160,46 +107,32 @@ def _sums_of_heads(
         tile, most_pairs = _tile_size(heads, num_queries, num_keys, num_buckets)
         power = hash_code_len - bucket_bits
         sum_pairs = functools.partial(
-            _sum_pairs, of_pairs, power=power, tile=tile, chunk=min(chunk, most_pairs)
+            _sum_pairs, power=power, tile=tile, chunk=min(chunk, most_pairs)
         )
 
         def add_hash(sums: tuple[Array, Array], codes: tuple[Array, Array]) -> tuple[Any, None]:
             queries = _sort(codes[0], (query, grad_out), num_buckets=num_buckets, tile=tile)
             keys = _sort(codes[1], (key, value), num_buckets=num_buckets, tile=tile)
-            of_queries, of_keys = sum_pairs(queries, keys)
+            grad_query, grad_key = sum_pairs(queries, keys)
             return (
-                _add_in_order(sums[0], queries.order, of_queries),
-                _add_in_order(sums[1], keys.order, of_keys),
+                _add_in_order(sums[0], queries.order, grad_query),
+                _add_in_order(sums[1], keys.order, grad_key),
             ), None
 
-        columns = _columns(of_pairs, rows)
         start = (
-            blocked.zeros((len(query), columns[0]), query.dtype, codes, rows),
-            blocked.zeros((len(key), columns[1]), key.dtype, codes, rows),
+            blocked.zeros(query.shape, query.dtype, codes, rows),
+            blocked.zeros(key.shape, key.dtype, codes, rows),
         )
         return lax.scan(add_hash, start, codes)[0]
 
     sums = lax.platform_dependent(
         (by_hash(query_codes, query_mask), by_hash(key_codes, key_mask)),
-        tuple(
-            x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in (query, key, value, grad_out)
-        ),
+        tuple(x.reshape(-1, x.shape[-1]) for x in (query, key, value, grad_out)),
         cpu=functools.partial(sum_hashes, chunk=_CHUNK_CPU),
         default=functools.partial(sum_hashes, chunk=_CHUNK),
     )
-    return tuple(
-        (total / num_hashes).reshape(*x.shape[:-1], total.shape[-1])
-        for total, x in zip(sums, (query, key), strict=True)
-    )
-
-
-def _columns(of_pairs: _OfPairs, rows: tuple[Array, ...]) -> tuple[int, int]:
-    """Of the sums for the queries and for the keys, from those of query, key, value, gradient."""
-    query, key, value, grad_out = (jax.ShapeDtypeStruct((1, 1, x.shape[-1]), x.dtype) for x in rows)
-    weights = jax.ShapeDtypeStruct((1, 1, 1), query.dtype)
-    return tuple(
-        x.shape[-1] for x in jax.eval_shape(of_pairs, weights, query, grad_out, key, value)
-    )
+    scale = hash_code_len / 2 / num_hashes
+    return scale * sums[0].reshape(query.shape), scale * sums[1].reshape(key.shape)
 
 
 def _tile_size(heads: int, num_queries: int, num_keys: int, num_buckets: int) -> tuple[int, int]:
@@ -268,9 +201,9 @@ def _add_in_order(sums: Array, order: Array, part: Array) -> Array:
 
 
 def _sum_pairs(
-    of_pairs: _OfPairs, queries: _Sorted, keys: _Sorted, *, power: int, tile: int, chunk: int
+    queries: _Sorted, keys: _Sorted, *, power: int, tile: int, chunk: int
 ) -> tuple[Array, Array]:
-    """The sums of one hash, for sorted rows."""
+    """`W k` and `W^T q` of one hash, up to constants, for sorted rows."""
     query_tiles, key_tiles = -(-queries.counts // tile), -(-keys.counts // tile)
     pairs = query_tiles * key_tiles
     ends = jnp.cumsum(pairs, dtype=jnp.int32)
@@ -282,7 +215,7 @@ def _sum_pairs(
         return jnp.where(is_pair, side.starts[bucket] + skipped, 0), in_bucket & is_pair[:, None]
 
     def add_chunk(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        done, of_queries, of_keys = carry
+        done, grad_query, grad_key = carry
         number = done + jnp.arange(chunk, dtype=jnp.int32)
         is_pair = number < ends[-1]
         bucket = jnp.searchsorted(ends, number, side="right").astype(jnp.int32)
@@ -295,20 +228,21 @@ def _sum_pairs(
         key, value = (_windows(x, key_rows, tile) for x in keys.arrays)
         cosine = blocked.matmul("pth,psh->pts", query, key)
         weights = collisions.collision_probability(cosine, power)
+        weights *= blocked.matmul("ptd,psd->pts", grad_out, value)
         # The rows behind a bucket's last are another bucket's.
         weights = jnp.where(is_query[:, :, None] & is_key[:, None, :], weights, 0)
-        mine, others = of_pairs(weights, query, grad_out, key, value)
-        of_queries = _add_windows(of_queries, query_rows, mine)
-        of_keys = _add_windows(of_keys, key_rows, others)
-        return done + chunk, of_queries, of_keys
+        grad_query = _add_windows(
+            grad_query, query_rows, blocked.matmul("pts,psh->pth", weights, key)
+        )
+        grad_key = _add_windows(grad_key, key_rows, blocked.matmul("pts,pth->psh", weights, query))
+        return done + chunk, grad_query, grad_key
 
     inputs = ends, queries.arrays, keys.arrays
-    (query, grad_out), (key, value) = queries.arrays, keys.arrays
-    columns = _columns(of_pairs, (query, key, value, grad_out))
+    query, key = queries.arrays[0], keys.arrays[0]
     start = (
         blocked.zeros((), jnp.int32, inputs),
-        blocked.zeros((len(query), columns[0]), query.dtype, inputs),
-        blocked.zeros((len(key), columns[1]), key.dtype, inputs),
+        blocked.zeros(query.shape, query.dtype, inputs),
+        blocked.zeros(key.shape, key.dtype, inputs),
     )
     return lax.while_loop(lambda carry: carry[0] < ends[-1], add_chunk, start)[1:]
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from yoso_jax.kernels import blocked, buckets, collisions
 from yoso_jax.kernels.codes import hash_codes
 from yoso_jax.kernels.collisions import lsh_weighted_cumulation as lsh_weighted_cumulation
+from yoso_jax.kernels.effects import collision_effects
 
 # Rows are divided by no less.
 _EPS = 1e-12
@@ -70,24 +71,12 @@ def l2_normalize_gradient(
     return jnp.where(small, 0, grad / jnp.where(small, 1, norm)).astype(unit.dtype)
 
 
-def orthogonal(
-    grad: Float[Array, "*rows D"], rows: Float[Array, "*rows D"]
+def scaled_tangents(
+    grad_unit: Float[Array, "*rows D"], unit: Float[Array, "*rows D"], scale: Float[Array, "*rows"]
 ) -> Float[Array, "*rows D"]:
-    """The gradient of rows that are normalised without its part along what they are on average.
-
-    A gradient at sampled rows is orthogonal to those. Estimates over other pairs than the sampled
-    ones need one orthogonal to what those pairs sum up to, or they take larger weights, all of a
-    query's by one factor, for a gain (docs/gradients.md).
-
-    Args:
-      grad: gradient of the rows before they are normalised.
-      rows: what they are in expectation, up to a factor. Rows of zeros change nothing.
-
-    Returns:
-      In the dtype of `grad`.
-    """
-    unit, wide = l2_normalize(widen(rows)), widen(grad)
-    return (wide - jnp.sum(unit * wide, axis=-1, keepdims=True) * unit).astype(grad.dtype)
+    """The part of `grad_unit` that is orthogonal to `unit`, unit rows or zeros, times a scale."""
+    grad, unit = widen(grad_unit), widen(unit)
+    return scale[..., None] * (grad - jnp.sum(grad * unit, axis=-1, keepdims=True) * unit)
 
 
 def lsh_cumulation(
@@ -186,29 +175,33 @@ def sampled_backward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"], Float[Array, "B S N D"]]:
     """Gradients of `sampled`; those of query and key are the ones that `backward` names.
 
-    `unit` and `norm` are what `sampled` returned if rows were normalised (see `orthogonal`), else
-    None. "bucketed" uses the first `num_backward_hashes` hashes and the lowest `bucket_bits` bits
-    of each.
+    `unit` and `norm` are what `sampled` returned if rows were normalised, else None. "bucketed"
+    uses the first `num_backward_hashes` hashes and the lowest `bucket_bits` bits of each.
     """
-    normalize = norm is not None
-    if unit is not None and norm is not None:
-        grad_out = l2_normalize_gradient(unit, norm, grad_out)
     if not isinstance(codes, Codes):
         raise NotImplementedError(f"xla made no codes of type {type(codes).__name__}.")
-    args = query, key, value, query_mask, key_mask, grad_out
+    args = query, key, value, query_mask, key_mask
+    rows, shift = grad_out, None
+    if unit is not None and norm is not None:
+        num_hashes = codes.key.shape[-1]
+        options = dict(num_hashes=num_hashes)
+        scale, shift = collision_effects(grad_out, unit, norm, value, key_mask, **options)
+        rows = scaled_tangents(grad_out, unit, scale)
+        grad_out = l2_normalize_gradient(unit, norm, grad_out)
     if backward == "sampled":
-        return surrogate_gradients(codes, *args, hash_code_len=hash_code_len)
+        return surrogate_gradients(codes, *args, grad_out, hash_code_len=hash_code_len)
     if backward == "bucketed":
         grads = bucketed_gradients(
             codes.query[..., :num_backward_hashes],
             codes.key[..., :num_backward_hashes],
             *args,
+            rows,
+            shift,
             hash_code_len=hash_code_len,
             bucket_bits=bucket_bits,
-            normalize=normalize,
         )
     else:
-        grads = expected_gradients(*args, hash_code_len=hash_code_len, normalize=normalize)
+        grads = expected_gradients(*args, rows, shift, hash_code_len=hash_code_len)
     grad_value = collisions.lsh_cumulation(
         codes.key, codes.query, heads_first(grad_out, query_mask), hash_code_len=hash_code_len
     )
@@ -221,20 +214,42 @@ def expected_gradients(
     value: Float[Array, "B S N D"],
     query_mask: Bool[Array, "B T"] | None,
     key_mask: Bool[Array, "B S"] | None,
-    grad_out: Float[Array, "B T N D"],
+    rows: Float[Array, "B T N D"],
+    shift: Float[Array, "B T N"] | None,
     *,
     hash_code_len: int,
-    normalize: bool,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"]]:
-    """Gradients of query and key over all pairs, of what may have been sampled.
+    """Gradients of query and key over all pairs, of what was sampled.
 
-    With `normalize` the rows were normalised, see `orthogonal`.
+    Args:
+      query: as of `sampled`.
+      key: as of `sampled`.
+      value: as of `sampled`.
+      query_mask: as of `sampled`.
+      key_mask: as of `sampled`.
+      rows: gradient of `B v`; where that was normalised, with the scale of `collision_effects`.
+      shift: the shift of those; None for none.
+      hash_code_len: bits of a hash.
     """
-    args, options = (query, key, value, query_mask, key_mask), dict(hash_code_len=hash_code_len)
-    if normalize:
-        grad_out = orthogonal(grad_out, expectation(*args, **options, normalize=False)[0])
-    grads = surrogate_gradients(None, *args, grad_out, **options, with_value=False)
-    return grads[0], grads[1]
+    units, unit_vjp = _units(query, key, query_mask, key_mask)
+    value, rows = _with_shift(value, query_mask, key_mask, rows, shift)
+    options = dict(hash_code_len=hash_code_len, with_value=False)
+    return unit_vjp(collisions.expectation_gradients(*units, value, rows, **options)[:2])
+
+
+def _with_shift(
+    value: Array, query_mask: Array | None, key_mask: Array | None, rows: Array, shift: Array | None
+) -> tuple[Array, Array]:
+    """Values and rows with a column more, of ones and of shifts, so that products have these."""
+    ones = jnp.ones((*value.shape[:-1], 1), jnp.float32)
+    value, rows = heads_first(value, key_mask), heads_first(rows, query_mask)
+    if shift is None:
+        return value, rows
+    ones, shift = heads_first(ones, key_mask), heads_first(shift[..., None], query_mask)
+    return (
+        jnp.concatenate([value, ones.astype(value.dtype)], axis=-1),
+        jnp.concatenate([rows, shift.astype(rows.dtype)], axis=-1),
+    )
 
 
 def expectation(
@@ -318,15 +333,15 @@ def bucketed_gradients(
     value: Float[Array, "B S N D"],
     query_mask: Bool[Array, "B T"] | None,
     key_mask: Bool[Array, "B S"] | None,
-    grad_out: Float[Array, "B T N D"],
+    rows: Float[Array, "B T N D"],
+    shift: Float[Array, "B T N"] | None,
     *,
     hash_code_len: int,
     bucket_bits: int,
-    normalize: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"]]:
     """Gradients of query and key over the pairs whose codes agree in the lowest `bucket_bits`.
 
-    With `normalize` the rows were normalised, see `orthogonal`.
+    `rows` and `shift` are those of `expected_gradients`.
     """
     units, unit_vjp = _units(query, key, query_mask, key_mask)
     batch, _, heads, _ = query.shape
@@ -336,13 +351,17 @@ def bucketed_gradients(
             return None
         return jnp.broadcast_to(mask[:, None], (batch, heads, mask.shape[1]))
 
-    value, grad = heads_first(value, key_mask), heads_first(grad_out, query_mask)
-    codes, masks = (query_codes, key_codes), (by_head(query_mask), by_head(key_mask))
-    options = dict(hash_code_len=hash_code_len, bucket_bits=bucket_bits)
-    if normalize:
-        rows = buckets.bucketed_values(*codes, *units, value, *masks, **options)
-        grad = orthogonal(grad, rows)
-    return unit_vjp(buckets.bucketed_gradients(*codes, *units, value, grad, *masks, **options))
+    grads = buckets.bucketed_gradients(
+        query_codes,
+        key_codes,
+        *units,
+        *_with_shift(value, query_mask, key_mask, rows, shift),
+        by_head(query_mask),
+        by_head(key_mask),
+        hash_code_len=hash_code_len,
+        bucket_bits=bucket_bits,
+    )
+    return unit_vjp(grads)
 
 
 def _units(

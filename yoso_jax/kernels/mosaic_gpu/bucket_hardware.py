@@ -67,7 +67,7 @@ class Hardware(abc.ABC):
 
         Args:
           layout: of the words.
-          arrays: tokens, their rows, and a number of each.
+          arrays: tokens, their rows, and numbers of each.
           targets: the tiles of those.
           words: tiles of words.
           scalars: batch row, head, the slots of words and of targets, and the words that count.
@@ -79,13 +79,13 @@ class Hardware(abc.ABC):
         """Waits until what this warpgroup copies is there."""
 
     @abc.abstractmethod
-    def weigh(self, products: tuple[Array, ...], scales: Any, row_values: list[Array]) -> Any:
+    def weigh(self, products: tuple[Array, Array], scales: Any, row_values: list[Array]) -> Any:
         """Weights, see `bucket_tiles.weights`.
 
         Args:
-          products: of tokens, and perhaps those of their rows.
-          scales: Ref to those of the columns.
-          row_values: what `expectation_tiles.row_values` gives.
+          products: of tokens, and of their rows.
+          scales: Ref to those of the columns, and perhaps shifts.
+          row_values: what `expectation_tiles.row_values` gives, and perhaps shifts.
         """
 
     @abc.abstractmethod
@@ -166,13 +166,14 @@ class Hopper(Hardware):
                 source = source.at(batch, layout.num_tokens * plan.heads * 2 * width)
                 pointer = lane.shared_pointer(tile).at(slot, TILE * 2 * width)
                 sources.append((source.at(n, 2 * width), pointer, width))
-            known = known.at(batch * plan.heads + n, 4 * layout.num_tokens)
+            kinds = plan.other_numbers if by_column else plan.own_numbers
+            known = known.at(batch * plan.heads + n, 4 * layout.num_tokens * kinds)
             bucket_tiles.gather(
                 lane,
                 lane.shared_pointer(words).at(words_slot, 4 * TILE),
                 sources[0],
                 sources[1],
-                (known, lane.shared_pointer(args[5]).at(slot, 4 * TILE)),
+                (known, lane.shared_pointer(args[5]).at(slot, 4 * TILE * kinds), kinds),
                 count=count,
                 stride=plan.heads,
                 layout=layout,
@@ -194,28 +195,28 @@ class Hopper(Hardware):
         wait()
 
     @override
-    def weigh(self, products: tuple[Array, ...], scales: Any, row_values: list[Array]) -> Any:
+    def weigh(self, products: tuple[Array, Array], scales: Any, row_values: list[Array]) -> Any:
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
         from yoso_jax.kernels.mosaic_gpu.registers import read_registers, write_words
 
-        layout, count = plgpu.Layout.WGMMA, len(products)
+        layout = plgpu.Layout.WGMMA
         row_layout = layout.reduce(1)
 
         @plgpu.inline_mgpu(
-            arg_types=(*[layout] * count, plgpu.RefType(), *[row_layout] * len(row_values)),
+            arg_types=(layout, layout, plgpu.RefType(), *[row_layout] * len(row_values)),
             return_type=plgpu.ShapeDtypeStruct((TILE, TILE), self.dtype, layout=layout),
         )
-        def weigh(_: Any, *args: Any) -> Any:
+        def weigh(_: Any, scores: Any, products: Any, scales: Any, *rows: Any) -> Any:
             lane = self._lane()
-            (scores, *others), scales, rows = args[:count], args[count], args[count + 1 :]
             values = bucket_tiles.weights(
                 lane,
                 read_registers(lane, scores),
-                read_registers(lane, *others) if others else None,
+                read_registers(lane, products),
                 [read_registers(lane, each) for each in rows],
                 lane.shared_pointer(scales),
                 self.chain,
+                self.plan.shift,
             )
             return write_words(lane.pack(values, self.dtype), scores, self.dtype)
 
@@ -233,12 +234,12 @@ class Hopper(Hardware):
 
         plan, plain = self.plan, plgpu.RefType()
 
-        @plgpu.inline_mgpu(arg_types=(plain, _tile_type(plan.columns), plain, *[_scalar()] * 6))
+        @plgpu.inline_mgpu(arg_types=(plain, _tile_type(plan.head_dim), plain, *[_scalar()] * 6))
         def store(_: Any, words: Any, tile: Any, out: Any, *scalars: Any) -> None:
             lane = self._lane()
             values = (I32(lane, x.registers.item()) for x in scalars)
             number, batch, n, words_slot, slot, count = values
-            row_bytes = 2 * plan.columns
+            row_bytes = 2 * plan.head_dim
             batch_bytes = plan.layout.num_tokens * plan.heads * row_bytes
             target = lane.global_pointer(out, writable=True).at(number, plan.batch * batch_bytes)
             bucket_tiles.scatter(
@@ -247,7 +248,7 @@ class Hopper(Hardware):
                 lane.shared_pointer(tile).at(slot, TILE * row_bytes),
                 target.at(batch, batch_bytes).at(n, row_bytes),
                 count=count,
-                columns=plan.columns,
+                columns=plan.head_dim,
                 stride=plan.heads,
                 layout=plan.layout,
             )
@@ -304,22 +305,24 @@ class Interpreted(Hardware):
         places = jnp.arange(TILE)
         tokens = layout.token(jnp.take(words[words_slot], jnp.minimum(places, count - 1)))
         of_tokens, rows = (jnp.take(x[batch, :, n, :], tokens, axis=0) for x in arrays[:2])
-        numbers = jnp.take(arrays[2][batch * self.plan.heads + n], tokens)
+        numbers = jnp.take(arrays[2][batch * self.plan.heads + n], tokens, axis=1)
         targets[0][slot] = of_tokens
         targets[1][slot] = jnp.where((places < count)[:, None], rows, 0)
-        targets[2][slot] = tiles.in_column_order(numbers) if by_column else numbers
+        if by_column:
+            numbers = tiles.in_column_order(jnp.where(places < count, numbers, 0))
+        targets[2][slot] = numbers
 
     @override
     def wait_for_copies(self) -> None:
         pass
 
     @override
-    def weigh(self, products: tuple[Array, ...], scales: Any, row_values: list[Array]) -> Any:
+    def weigh(self, products: tuple[Array, Array], scales: Any, row_values: list[Array]) -> Any:
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        lengths, slopes = (each[:, None] for each in row_values)
-        scores, *others = products
-        column_scales = tiles.from_column_order(scales[...])
+        lengths, slopes, *shifts = (each[:, None] for each in row_values)
+        scores, of_rows = products
+        column_scales, *column_shifts = tiles.from_column_order(scales[...])
         # What copies after the next barrier overwrite has been read; the interpreter must be told.
         plgpu.commit_smem()
         factors = jnp.ones_like(scores)
@@ -329,8 +332,7 @@ class Interpreted(Hardware):
             for factor, constant in self.chain.steps:
                 terms.append(terms[-1] * terms[factor] + np.float32(constant))
             factors = terms[-1]
-        for each in others:
-            factors = factors * column_scales * each
+        factors = factors * (sum(shifts, of_rows) * column_scales + sum(column_shifts))
         return factors.astype(self.dtype)
 
     @override

@@ -1,6 +1,7 @@
 """What the kernel of buckets and its hardware share: shapes, and the code of threads."""
 
 import dataclasses
+from typing import Literal
 
 from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
 from yoso_jax.kernels.mosaic_gpu.collision_chain import Chain
@@ -36,8 +37,8 @@ class Plan:
       head_dim: H, a multiple of 16.
       value_dim: D, a multiple of 16.
       exponent: of the collision probability in the weights.
-      sums_rows: whether rows of the other side are summed up, by probabilities; otherwise tokens
-        are, by probabilities times products of rows.
+      shift: what has shifts, which are added to the products of rows: the "rows" of a tile, whose
+        gradients are wanted, its "columns", or nothing.
       layout: of the words of the tokens whose gradients are wanted.
       other_layout: of the words of the other side.
     """
@@ -48,22 +49,28 @@ class Plan:
     head_dim: int
     value_dim: int
     exponent: int
-    sums_rows: bool
+    shift: Literal["rows", "columns"] | None
     layout: Words
     other_layout: Words
 
     @property
-    def columns(self) -> int:
-        """Columns of the sums."""
-        return self.value_dim if self.sums_rows else self.head_dim
+    def own_numbers(self) -> int:
+        """Numbers of a token whose gradient is wanted: its length, and perhaps a shift."""
+        return 2 if self.shift == "rows" else 1
+
+    @property
+    def other_numbers(self) -> int:
+        """Numbers of a token of the other side: a scale, and perhaps a shift."""
+        return 2 if self.shift == "columns" else 1
 
     @property
     def warpgroups(self) -> int:
         """Warpgroups of a block; each has tiles of its own."""
         most = 3 if self.head_dim <= 64 else 2 if self.head_dim <= 128 else 1
         # Of each side a tile in use, and the next one.
-        tile_bytes = 4 * TILE * (2 * self.head_dim + 2 * self.value_dim + 4)
-        tile_bytes += WORD_TILES * TILE * 4
+        tile_bytes = 4 * TILE * (2 * self.head_dim + 2 * self.value_dim)
+        numbers = 2 * (self.own_numbers + self.other_numbers) + WORD_TILES
+        tile_bytes += 4 * TILE * numbers
         return min(most, _SHARED_BYTES // tile_bytes)
 
     @property
@@ -79,7 +86,7 @@ class Plan:
     @property
     def out(self) -> tuple[int, ...]:
         """Shape of the sums."""
-        return (self.num_hashes, self.batch, self.layout.num_tokens, self.heads, self.columns)
+        return (self.num_hashes, self.batch, self.layout.num_tokens, self.heads, self.head_dim)
 
 
 def copy_words(
@@ -97,7 +104,7 @@ def gather(
     words: SharedPointer,
     tokens: tuple[GlobalPointer, SharedPointer, int],
     rows: tuple[GlobalPointer, SharedPointer, int],
-    numbers: tuple[GlobalPointer, SharedPointer],
+    numbers: tuple[GlobalPointer, SharedPointer, int],
     *,
     count: I32,
     stride: int,
@@ -112,9 +119,10 @@ def gather(
       tokens: the row of the head's first token, the tile that tokens are copied to in the
         arrangement that matrix products read, and the number of its columns.
       rows: the same of the rows of tokens.
-      numbers: to a float32 of each token of the head, and to the 64 of them that are copied.
-      count: words that count, at least 1. Later tokens and numbers repeat the last of them, rows
-        are zeros.
+      numbers: to a float32 of each token of the head, to the 64 of them that are copied, and how
+        many such there are, one after the other.
+      count: words that count, at least 1. Later tokens repeat the last of them, their rows are
+        zeros, and so are their numbers by column.
       stride: columns of all heads of a token, by columns of a head.
       layout: of the words.
       by_column: numbers are in the order of `tiles.in_column_order`.
@@ -135,10 +143,16 @@ def gather(
                 _PIECE,
                 where=row < count if tile is rows[1] else None,
             )
-    known, copies = numbers
+    known, copies, kinds = numbers
     with lane.when(thread < TILE):
         place = tiles.place_of_column(thread) if by_column else thread
-        copies.at(place, 4).start_copy(known.at(layout.token(word_at(thread)), 4), 4)
+        token = layout.token(word_at(thread))
+        for i in range(kinds):
+            copies.at(place, 4).at(i, 4 * TILE).start_copy(
+                known.at(token, 4).at(i, 4 * layout.num_tokens),
+                4,
+                where=thread < count if by_column else None,
+            )
 
 
 def scatter(
@@ -181,35 +195,40 @@ def _places(thread: I32, columns: int) -> list[tuple[I32, I32]]:
 def weights(
     lane: Lane,
     scores: list[F32],
-    products: list[F32] | None,
+    products: list[F32],
     rows: list[list[F32]],
     scales: SharedPointer,
     chain: Chain,
+    shift: Literal["rows", "columns"] | None = None,
 ) -> list[F32]:
     """What a thread has of the weights of a tile.
 
-    With products they have the scales as factors, also of the sign, since the tokens that they
-    weigh are to be divided by their lengths.
+    They have the scales as factors, also of the sign, since the tokens that they weigh are to be
+    divided by their lengths.
 
     Args:
       lane: a thread of a warpgroup.
       scores: products of tokens, as in `tiles.probabilities`.
-      products: products of their rows; None for ones.
-      rows: of the two rows, what `tiles.row_values` gives.
-      scales: to -1 / length of the columns, in their order in `tiles.in_column_order`.
+      products: products of their rows.
+      rows: of the two rows, what `tiles.row_values` gives, and then perhaps their shifts.
+      scales: to -1 / length of the columns, in their order in `tiles.in_column_order`, and then
+        perhaps to their shifts, times that.
       chain: of the power of the collision probability.
+      shift: what has shifts.
     """
     if chain.steps:
-        pieces = list(tiles.probabilities(lane, scores, rows, scales, chain))
+        values = rows[:-1] if shift == "rows" else rows
+        pieces = list(tiles.probabilities(lane, scores, values, scales, chain))
         factors = [factor for piece, _ in pieces for factor in piece]
         column_scales = [scale for _, piece in pieces for scale in piece]
     else:
         factors = [lane.f32(1)] * len(scores)
-        places = tiles.of_columns(lane, scales, range(len(scores)))
-        column_scales = [lane.bitcast_f32(x) for x in places]
-    if products is None:
-        return factors
-    return [
-        factor * scale * product
-        for factor, scale, product in zip(factors, column_scales, products, strict=True)
-    ]
+        words = tiles.of_columns(lane, scales, range(len(scores)))
+        column_scales = [lane.bitcast_f32(word) for word in words]
+    if shift == "rows":
+        # Of four places two are in the other row.
+        products = [x + rows[-1][i // 2 % 2] for i, x in enumerate(products)]
+    shifts = [scales.at(4 * TILE)] if shift == "columns" else []
+    places = range(len(products))
+    scaled = tiles.scale_and_shift(lane, products, column_scales, shifts, places)
+    return [factor * x for factor, x in zip(factors, scaled, strict=True)]

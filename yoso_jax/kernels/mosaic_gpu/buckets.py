@@ -3,10 +3,9 @@
 For a hash, queries and keys are sorted by bucket. A warpgroup takes up to 64 queries of a bucket
 and goes through its keys, in tiles of 64, which its threads gather from where they are. Of a tile
 it evaluates the weights (`docs/gradients.md`), and sums up the keys times weights. Behind the last
-key of a bucket there are values of zeros, so that no weight counts. The rows of a hash go to the
+key of a bucket there are scales of zero, so that no weight counts. The rows of a hash go to the
 places of their queries, and another kernel sums up the hashes. For the gradient of the keys the
-roles are exchanged, so that every sum has one owner and its bits are the same in every run. With
-weights that are probabilities alone it sums up values, see `xla.orthogonal`.
+roles are exchanged, so that every sum has one owner and its bits are the same in every run.
 
 What is needed next is copied while the tensor cores and the arithmetic units are busy: first words,
 which say where tokens are, then the tokens.
@@ -16,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +42,7 @@ class Side:
       tokens: `[B, T, N, H]`.
       rows: `[B, T, N, D]`, gradients of the results of queries, or values of keys.
       lengths: `[B * N, T]`, from `tiles.token_lengths`.
+      shifts: `[B * N, T]`, to be added to products of rows, or None.
       words: `[B * N * hashes, length]`, sorted.
       layout: of the words.
     """
@@ -50,12 +50,13 @@ class Side:
     tokens: Array
     rows: Array
     lengths: Array
+    shifts: Array | None
     words: Array
     layout: Words
 
 
 def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., Array]:
-    """Of tokens, rows and words of both sides, ranges, lengths and the scales of the others."""
+    """Of tokens, rows, words and numbers of both sides, and ranges."""
     # These load JAX's GPU dialects.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -64,31 +65,28 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., Array
     row_layout = plgpu.Layout.WGMMA.reduce(1)
     chain = collision_chain(plan.exponent)
     hardware = (Interpreted if interpret else Hopper)(plan, dtype, chain)
-    num_products = 1 if plan.sums_rows else 2
 
     def bucket_sums(
         tokens: Any,
         rows: Any,
         words: Any,
-        lengths: Any,
+        numbers: Any,
         other_tokens: Any,
         other_rows: Any,
         other_words: Any,
-        scales: Any,
+        other_numbers: Any,
         ranges: Any,
         out: Any,
         token_tiles: Any,
         row_tiles: Any,
-        length_tiles: Any,
+        number_tiles: Any,
         other_token_tiles: Any,
         other_row_tiles: Any,
-        scale_tiles: Any,
+        other_number_tiles: Any,
         word_tiles: Any,
         *staging: Any,
     ) -> None:
         copy_words = hardware.copy_words
-        own_tiles = row_tiles if plan.sums_rows else token_tiles
-        summed_tiles = other_row_tiles if plan.sums_rows else other_token_tiles
         warpgroup = lax.axis_index("warpgroup")
         first_item = lax.axis_index("block") * warpgroups + warpgroup
         all_warpgroups = plan.blocks * warpgroups
@@ -132,8 +130,8 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., Array
             row, _, batch, n = places_of(number)
             hardware.gather(
                 plan.other_layout,
-                (other_tokens, other_rows, scales),
-                (other_token_tiles, other_row_tiles, scale_tiles),
+                (other_tokens, other_rows, other_numbers),
+                (other_token_tiles, other_row_tiles, other_number_tiles),
                 word_tiles,
                 (batch, n, words_slot, two(slot), end - first - step * TILE),
                 by_column=True,
@@ -150,8 +148,8 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., Array
                 _, _, batch, n = places_of(number)
                 hardware.gather(
                     plan.layout,
-                    (tokens, rows, lengths),
-                    (token_tiles, row_tiles, length_tiles),
+                    (tokens, rows, numbers),
+                    (token_tiles, row_tiles, number_tiles),
                     word_tiles,
                     (batch, n, item_words(number), two(number), count),
                     by_column=False,
@@ -175,18 +173,20 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., Array
             @pl.when(count > 0)
             def _() -> None:
                 mine = two(number)
-                length = plgpu.load(length_tiles.at[mine], layout=row_layout, optimized=False)
-                row_values = tiles.row_values(length, chain)
+                length, *shifts = (
+                    plgpu.load(number_tiles.at[mine, i], layout=row_layout, optimized=False)
+                    for i in range(plan.own_numbers)
+                )
+                row_values = [*tiles.row_values(length, chain), *shifts]
 
                 def add_up(sums: Any) -> Any:
                     @pl.loop(0, steps)
                     def _(step: Any) -> None:
                         other = two(slot + step)
 
-                        def multiply(scores: Any, *products: Any) -> Any:
+                        def multiply(scores: Any, products: Any) -> Any:
                             plgpu.wgmma(scores, token_tiles.at[mine], other_token_tiles.at[other].T)
-                            for each in products:
-                                plgpu.wgmma(each, row_tiles.at[mine], other_row_tiles.at[other].T)
+                            plgpu.wgmma(products, row_tiles.at[mine], other_row_tiles.at[other].T)
 
                             @pl.when(step + 1 < steps)
                             def _() -> None:
@@ -194,20 +194,20 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., Array
                                 words_slot = step_words(following)
                                 load_step(number, first, end, step + 1, following, words_slot)
 
-                            return scores[...], *(each[...] for each in products)
+                            return scores[...], products[...]
 
                         accumulator = plgpu.ACC((TILE, TILE), jnp.float32)
-                        products = pl.run_scoped(multiply, *[accumulator] * num_products)
-                        taken = hardware.weigh(products, scale_tiles.at[other], row_values)
-                        hardware.multiply(sums, taken, summed_tiles.at[other], staging)
+                        products = pl.run_scoped(multiply, accumulator, accumulator)
+                        taken = hardware.weigh(products, other_number_tiles.at[other], row_values)
+                        hardware.multiply(sums, taken, other_token_tiles.at[other], staging)
                         plgpu.wgmma_wait(0)
                         wait()
 
                     return sums[...]
 
-                sums = pl.run_scoped(add_up, plgpu.ACC((TILE, plan.columns), jnp.float32))
+                sums = pl.run_scoped(add_up, plgpu.ACC((TILE, plan.head_dim), jnp.float32))
                 sums = sums * lax.broadcast_in_dim(1 / length, sums.shape, [0])
-                own_tiles[mine] = sums.astype(dtype)
+                token_tiles[mine] = sums.astype(dtype)
 
             pl.when(steps == 0)(wait)
             load_item(number + 1, next_count, next_first, next_end, slot + steps)
@@ -218,7 +218,7 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., Array
                 plgpu.commit_smem()
                 hash_number = lax.rem(row, plan.num_hashes)
                 mine = item_words(number), two(number), count
-                hardware.store(word_tiles, own_tiles, out, (hash_number, batch, n, *mine))
+                hardware.store(word_tiles, token_tiles, out, (hash_number, batch, n, *mine))
 
             wait()
             return next_count, next_first, next_end, *later, slot + steps
@@ -235,16 +235,20 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., Array
             lax.fori_loop(0, num_items, go, (count, first, end, *following, zero))
 
     swizzled = functools.partial(tiles.shared, dtype)
-    side = [
-        swizzled(2 * warpgroups, TILE, plan.head_dim),
-        swizzled(2 * warpgroups, TILE, plan.value_dim),
-        plgpu.SMEM((2 * warpgroups, TILE), jnp.float32),
-    ]
+
+    def side(numbers: int) -> list[Any]:
+        return [
+            swizzled(2 * warpgroups, TILE, plan.head_dim),
+            swizzled(2 * warpgroups, TILE, plan.value_dim),
+            plgpu.SMEM((2 * warpgroups, numbers, TILE), jnp.float32),
+        ]
+
     return plgpu.kernel(
         bucket_sums,
         out_type=jax.ShapeDtypeStruct(plan.out, dtype),
         scratch_types=[
-            *side * 2,
+            *side(plan.own_numbers),
+            *side(plan.other_numbers),
             plgpu.SMEM((WORD_TILES * warpgroups, TILE), jnp.int32),
             *hardware.staging(),
         ],
@@ -263,7 +267,7 @@ def is_supported(
     layouts = [Words(x.shape[1], bucket_bits) for x in (query, value)]
     if value.dtype not in (jnp.bfloat16, jnp.float16):
         return False
-    plan = _plan(query, value.shape[-1], *layouts, num_hashes=1, exponent=0, sums_rows=False)
+    plan = _plan(query, value.shape[-1], *layouts, num_hashes=1, exponent=0, shift="rows")
     return plan.warpgroups > 0 and all(layout.is_supported for layout in layouts)
 
 
@@ -275,11 +279,11 @@ def bucketed_gradients(
     value: Float[Array, "B S N D"],
     query_mask: Bool[Array, "B T"] | None,
     key_mask: Bool[Array, "B S"] | None,
-    grad_out: Float[Array, "B T N D"],
+    rows: Float[Array, "B T N D"],
+    shift: Float[Array, "B T N"] | None,
     *,
     hash_code_len: int,
     bucket_bits: int,
-    normalize: bool = False,
     dense: Callable[[], tuple[Array, Array]] | None = None,
     call: Call | None = None,
     interpret: bool = False,
@@ -294,10 +298,10 @@ def bucketed_gradients(
       value: same dtype.
       query_mask: True for the queries that attend, or None. What is in other rows is not used.
       key_mask: True for the keys to attend to, or None.
-      grad_out: gradient of the result, same dtype.
+      rows: as of `xla.expected_gradients`, same dtype.
+      shift: as there, float32 or None.
       hash_code_len: bits of a hash, 1 to 16.
       bucket_bits: 0 to `hash_code_len`.
-      normalize: whether the rows of the result were normalised, see `xla.orthogonal`.
       dense: computes the gradients of the expectation, which are taken where buckets are so uneven
         that they have as much work. Without it they are always those of the buckets.
       call: what runs the programs; the GPU by default.
@@ -307,17 +311,17 @@ def bucketed_gradients(
     if call is None:
         from yoso_jax.kernels.mosaic_gpu.lane_mosaic import call  # loads JAX's GPU dialects
     make_side = functools.partial(_make_side, bucket_bits=bucket_bits, call=call)
-    queries = make_side(query_codes, query, grad_out, query_mask)
+    queries = make_side(query_codes, query, rows, query_mask, shift)
     keys = make_side(key_codes, key, value, key_mask)
     num_hashes = query_codes.shape[-1]
-    arrays = query_codes, key_codes, query, key, value, query_mask, key_mask, grad_out
+    arrays = query_codes, key_codes, query, key, value, query_mask, key_mask, rows
     starts = [sorting.find_buckets(x.words, x.layout, call=call) for x in (queries, keys)]
     ranges = [
         sorting.find_tiles(mine, others, side.layout, call=call)
         for side, mine, others in ((queries, *starts), (keys, *starts[::-1]))
     ]
 
-    def sum_up(side: Side, other: Side, mine: Array, sums_rows: bool) -> Array:
+    def sum_up(side: Side, other: Side, mine: Array) -> Array:
         plan = _plan(
             side.tokens,
             side.rows.shape[-1],
@@ -325,33 +329,32 @@ def bucketed_gradients(
             other.layout,
             num_hashes=num_hashes,
             exponent=hash_code_len - bucket_bits,
-            sums_rows=sums_rows,
+            shift=None if shift is None else "rows" if side is queries else "columns",
         )
+        numbers, scales = [side.lengths], -1 / other.lengths
+        if side.shifts is not None:
+            numbers.append(side.shifts)
+        other_numbers = [scales]
+        if other.shifts is not None:
+            other_numbers.append(scales * other.shifts)
         return _kernel(plan, np.dtype(query.dtype), interpret)(
             side.tokens,
             side.rows,
             side.words,
-            side.lengths,
+            jnp.stack(numbers, axis=1),
             other.tokens,
             other.rows,
             other.words,
-            -1 / other.lengths,
+            jnp.stack(other_numbers, axis=1),
             mine,
         )
 
     def of_buckets() -> tuple[Array, Array]:
-        mine = queries
-        if normalize:
-            # Whatever the lengths of queries, that they are divided by: only directions matter.
-            values = sum_up(queries, keys, ranges[0], True)
-            # As `xla.orthogonal`.
-            rows = tangents(queries.rows[None], values, query_mask, call=call)
-            mine = dataclasses.replace(queries, rows=rows)
-        sides = (mine, keys, query, query_mask), (keys, mine, key, key_mask)
+        sides = (queries, keys, query, query_mask), (keys, queries, key, key_mask)
         grads = []
         for (side, other, x, mask), found in zip(sides, ranges, strict=True):
             grad = tangents(
-                sum_up(side, other, found, False),
+                sum_up(side, other, found),
                 side.tokens[None],
                 mask,
                 # Weights have the sign of the scales.
@@ -380,7 +383,7 @@ def _plan(
     *,
     num_hashes: int,
     exponent: int,
-    sums_rows: bool,
+    shift: Literal["rows", "columns"] | None,
 ) -> Plan:
     batch, _, heads, head_dim = tokens.shape
     return Plan(
@@ -390,14 +393,21 @@ def _plan(
         head_dim=-(-head_dim // 16) * 16,
         value_dim=-(-value_dim // 16) * 16,
         exponent=exponent,
-        sums_rows=sums_rows,
+        shift=shift,
         layout=layout,
         other_layout=other_layout,
     )
 
 
 def _make_side(
-    codes: Array, tokens: Array, rows: Array, mask: Array | None, *, bucket_bits: int, call: Call
+    codes: Array,
+    tokens: Array,
+    rows: Array,
+    mask: Array | None,
+    shift: Array | None = None,
+    *,
+    bucket_bits: int,
+    call: Call,
 ) -> Side:
     num_tokens = codes.shape[2]
     layout = Words(num_tokens, bucket_bits)
@@ -409,6 +419,7 @@ def _make_side(
         _pad_columns(tokens),
         _pad_columns(rows),
         tiles.token_lengths(tokens),
+        None if shift is None else jnp.swapaxes(shift, 1, 2).reshape(-1, num_tokens),
         sorting.sort(words, layout, call=call),
         layout,
     )

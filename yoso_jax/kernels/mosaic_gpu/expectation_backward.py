@@ -17,7 +17,7 @@ the keys with the roles exchanged.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,8 @@ class Plan:
       hash_code_len: bits of a code.
       part: which columns of the gradients: these times 64, up to 64 of them.
       has_key_mask: whether some keys may not be attended to.
+      shift: what has shifts, which are added to the products of rows and gradients: the "rows" of a
+        tile of products, its "columns", or nothing.
       with_query: whether the gradient of the queries is wanted.
       with_value: whether that of the values is wanted.
     """
@@ -68,6 +70,7 @@ class Plan:
     hash_code_len: int
     part: int
     has_key_mask: bool
+    shift: Literal["rows", "columns"] | None
     with_query: bool
     with_value: bool
 
@@ -141,7 +144,8 @@ class Plan:
         if self.with_query:
             # Unit keys, weights, and the gradient of the queries on the way out.
             used += rows * (2 * self.key_width + 2 * rows + 4 * self.key_width)
-        return min(_MAX_STAGES, (_SHARED_BYTES - used) // (rows * (token_bytes + 4)))
+        numbers = 2 if self.shift == "columns" else 1
+        return min(_MAX_STAGES, (_SHARED_BYTES - used) // (rows * (token_bytes + 4 * numbers)))
 
 
 def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[Array]]:
@@ -173,10 +177,12 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
     ) -> None:
         refs = list(arrays_and_scratch)
         key_mask: Any = refs.pop(0) if plan.has_key_mask else None
+        shifts: Any = refs.pop(0) if plan.shift else None
         grad_query: Any = refs.pop(0) if with_query else None
         grad_key: Any = refs.pop(0) if key_width else None
         grad_value: Any = refs.pop(0) if value_width else None
         key_tiles, value_tiles, query_tiles, grad_tiles, scale_tiles, *refs = refs
+        shift_tiles: Any = refs.pop(0) if plan.shift == "columns" else None
         key_out: Any = refs.pop(0) if key_width and plan.parts == 1 else None
         value_out: Any = refs.pop(0) if value_width else None
         if with_query:
@@ -216,6 +222,9 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
                         here = array.at[batch, rows, n]
                         plgpu.copy_gmem_to_smem(here, tiles_.at[i], loaded.at[i])
                     plgpu.copy_gmem_to_smem(scales.at[head, rows], scale_tiles.at[i], loaded.at[i])
+                    if shift_tiles is not None:
+                        here = shifts.at[head, rows]
+                        plgpu.copy_gmem_to_smem(here, shift_tiles.at[i], loaded.at[i])
 
                 return first + steps
 
@@ -273,9 +282,11 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
                     return scores[...], products[...]
 
                 accumulator = plgpu.ACC((ROWS, plan.piece), jnp.float32)
-                scores, products = pl.run_scoped(multiply, accumulator, accumulator)
-                here = scale_tiles.at[i, rows]
-                taken, grads = hardware.weigh_gradients(scores, products, here, row_values)
+                products = pl.run_scoped(multiply, accumulator, accumulator)
+                columns = [scale_tiles.at[i, rows]]
+                if shift_tiles is not None:
+                    columns.append(shift_tiles.at[i, rows])
+                taken, grads = hardware.weigh_gradients(products, columns, row_values)
                 if value_width:
                     tokens = grad_tiles.at[i, rows, value_columns]
                     hardware.multiply(sums[-1], taken, tokens, staging)
@@ -295,6 +306,9 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
                 keys = plgpu.load(mine[0], layout=layout).astype(jnp.float32)
                 length = tiles.lengths_of(jnp.sum(keys * keys, axis=1))
                 row_values = tiles.row_values(length, chain)
+                if plan.shift == "rows":
+                    here = shifts.at[head, rows]
+                    row_values.append(plgpu.load(here, layout=row, optimized=False))
                 if with_query:
 
                     @pl.when(steps > 0)
@@ -380,6 +394,8 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
         swizzled(stages, tile, plan.value_dim),
         plgpu.SMEM((stages, tile), jnp.float32),
     ]
+    if plan.shift == "columns":
+        scratch.append(plgpu.SMEM((stages, tile), jnp.float32))
     if key_width and plan.parts == 1:
         scratch.append(swizzled(warpgroups, ROWS, key_width))
     if value_width:
@@ -400,7 +416,7 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
             *scratch,
             *hardware.staging(),
             plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
-            plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=4 if plan.shift == "columns" else 3, num_barriers=stages),
             plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         ],
         grid=(plan.blocks,),
@@ -418,6 +434,7 @@ def gradients(
     query_mask: Bool[Array, "B T"] | None,
     key_mask: Bool[Array, "B S"] | None,
     grad_out: Float[Array, "B T N D"],
+    shift: Float[Array, "B T N"] | None = None,
     *,
     hash_code_len: int,
     with_value: bool = True,
@@ -435,6 +452,8 @@ def gradients(
       query_mask: True for the queries that attend, or None.
       key_mask: True for the keys to attend to, or None.
       grad_out: gradient of the result, same dtype.
+      shift: what is added to the products of `grad_out` with all values, or None. The gradient of
+        value does not have it.
       hash_code_len: bits of a hash, 1 to 16.
       with_value: whether the gradient of value is wanted; it is None otherwise.
       deterministic: the same bits in every run, for two more matrix products of five.
@@ -447,7 +466,9 @@ def gradients(
 
     query, grad_out = xla.mask_tokens(query, query_mask), xla.mask_tokens(grad_out, query_mask)
     key, value = xla.mask_tokens(key, key_mask), xla.mask_tokens(value, key_mask)
-    from_queries = _Side(query, grad_out, query_mask)
+    if shift is not None:
+        shift = xla.mask_rows(shift, query_mask)
+    from_queries = _Side(query, grad_out, query_mask, shift)
     from_keys = _Side(key, value, key_mask)
     call = functools.partial(_gradients, hash_code_len=hash_code_len, interpret=interpret)
     if deterministic:
@@ -474,9 +495,14 @@ def gradients(
 class _Side:
     """Queries with gradients of their results, or keys with values."""
 
-    def __init__(self, tokens: Array, rows: Array, mask: Array | None) -> None:
+    def __init__(
+        self, tokens: Array, rows: Array, mask: Array | None, shift: Array | None = None
+    ) -> None:
         self.tokens, self.rows, self.mask = tokens, rows, mask
         self.lengths = tiles.token_lengths(tokens)
+        self.shifts = None
+        if shift is not None:
+            self.shifts = jnp.swapaxes(shift, 1, 2).reshape(-1, shift.shape[1])
 
     @property
     def by_token(self) -> Array:
@@ -513,17 +539,27 @@ def _gradients(
         hash_code_len=hash_code_len,
         part=0,
         has_key_mask=keys.mask is not None,
+        shift="columns"
+        if queries.shifts is not None
+        else "rows"
+        if keys.shifts is not None
+        else None,
         with_query=with_query,
         with_value=with_value,
     )
     padded_keys = plan.key_blocks * plan.block_keys
     padded_queries = -(-query.shape[1] // plan.block_keys) * plan.block_keys
+    scales = -1 / queries.lengths
     derived = [
-        tiles.in_column_order(tiles.pad_to(-1 / queries.lengths, padded_queries)),
+        tiles.in_column_order(tiles.pad_to(scales, padded_queries)),
         tiles.ends_of(queries.mask, queries.tokens, keys.mask, keys.tokens),
     ]
     if keys.mask is not None:
         derived.append(tiles.pad_to(keys.mask.astype(jnp.float32), padded_keys))
+    if queries.shifts is not None:
+        derived.append(tiles.in_column_order(tiles.pad_to(scales * queries.shifts, padded_queries)))
+    elif keys.shifts is not None:
+        derived.append(tiles.pad_to(keys.shifts, padded_keys))
     grad_keys, grad_values, sums = [], [], []
     for part in range(plan.parts):
         plan = dataclasses.replace(plan, part=part)

@@ -60,9 +60,16 @@ class Hardware(abc.ABC):
 
     @abc.abstractmethod
     def weigh_gradients(
-        self, scores: Any, products: Any, scales: Any, row_values: list[Array]
+        self, products: tuple[Any, Any], columns: list[Any], row_values: list[Array]
     ) -> tuple[Any, Any]:
-        """Probabilities, and these times the products and the scales of their columns."""
+        """Probabilities, and these times products of rows and the scales of their columns.
+
+        Args:
+          products: q.k, and those of rows.
+          columns: Ref to the scales, as in `weigh`, and perhaps one to shifts times these scales:
+            then these are added to the products of rows, times scales.
+          row_values: as in `weigh`, and perhaps shifts of the rows.
+        """
 
     @abc.abstractmethod
     def multiply(self, sums: Any, weights: Any, tile: Any, staging: list[Any]) -> None:
@@ -121,7 +128,7 @@ class Hopper(Hardware):
 
     @override
     def weigh_gradients(
-        self, scores: Any, products: Any, scales: Any, row_values: list[Array]
+        self, products: tuple[Any, Any], columns: list[Any], row_values: list[Array]
     ) -> tuple[Any, Any]:
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -130,30 +137,28 @@ class Hopper(Hardware):
 
         layout = plgpu.Layout.WGMMA
         shape = plgpu.ShapeDtypeStruct((ROWS, self.columns), self.dtype, layout=layout)
+        refs, of_rows = [plgpu.RefType()] * len(columns), [layout.reduce(1)] * len(row_values)
 
-        @plgpu.inline_mgpu(
-            arg_types=(layout, layout, plgpu.RefType(), *[layout.reduce(1)] * len(row_values)),
-            return_type=(shape, shape),
-        )
-        def weigh(
-            _: Any, scores: Any, products: Any, scales: Any, *row_arrays: Any
-        ) -> tuple[Any, Any]:
+        @plgpu.inline_mgpu(arg_types=(layout, layout, *refs, *of_rows), return_type=(shape, shape))
+        def weigh(_: Any, scores: Any, products: Any, *args: Any) -> tuple[Any, Any]:
             lane = MosaicLane((self.warpgroups + 1) * WARPGROUP)
-            pieces = tiles.probabilities(
-                lane,
-                read_registers(lane, scores),
-                [read_registers(lane, each) for each in row_arrays],
-                lane.shared_pointer(scales),
-                self.chain,
-            )
-            others = iter(read_registers(lane, products))
+            scales, *shifts = (lane.shared_pointer(each) for each in args[: len(refs)])
+            rows = [read_registers(lane, each) for each in args[len(refs) :]]
+            row_values, row_shifts = rows[:2], rows[2:]
+            others = read_registers(lane, products)
             words: tuple[list[I32], list[I32]] = ([], [])
-            for weights, scale in pieces:
+            first = 0
+            for weights, scale in tiles.probabilities(
+                lane, read_registers(lane, scores), row_values, scales, self.chain
+            ):
                 # Each piece to the end: registers are scarce.
-                grads = [
-                    weight * (next(others) * each)
-                    for weight, each in zip(weights, scale, strict=True)
-                ]
+                places = range(first, first + len(weights))
+                first = places.stop
+                mine = [others[i] for i in places]
+                for each in row_shifts:
+                    mine = [x + each[i // 2 % 2] for i, x in zip(places, mine, strict=True)]
+                scaled = tiles.scale_and_shift(lane, mine, scale, shifts, places)
+                grads = [weight * x for weight, x in zip(weights, scaled, strict=True)]
                 words[0].extend(lane.pack(weights, self.dtype))
                 words[1].extend(lane.pack(grads, self.dtype))
             return (
@@ -161,7 +166,7 @@ class Hopper(Hardware):
                 write_words(words[1], scores, self.dtype),
             )
 
-        return weigh(scores, products, scales, *row_values)
+        return weigh(*products, *columns, *row_values)
 
     @override
     def multiply(self, sums: Any, weights: Any, tile: Any, staging: list[Any]) -> None:
@@ -200,10 +205,13 @@ class Interpreted(Hardware):
 
     @override
     def weigh_gradients(
-        self, scores: Any, products: Any, scales: Any, row_values: list[Array]
+        self, products: tuple[Any, Any], columns: list[Any], row_values: list[Array]
     ) -> tuple[Any, Any]:
-        weights = self._probabilities(scores, scales, row_values)
-        grads = weights * (products * tiles.from_column_order(scales[...]))
+        (scores, of_rows), row_shifts = products, row_values[2:]
+        scales, *shifts = (tiles.from_column_order(each[...]) for each in columns)
+        scaled = sum((each[:, None] for each in row_shifts), of_rows) * scales + sum(shifts)
+        weights = self._probabilities(scores, columns[0], row_values[:2])
+        grads = weights * scaled
         return weights.astype(self.dtype), grads.astype(self.dtype)
 
     def _probabilities(self, scores: Array, scales: Any, row_values: list[Array]) -> Array:

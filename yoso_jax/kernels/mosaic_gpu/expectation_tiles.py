@@ -70,6 +70,21 @@ def probabilities(
         yield terms[-1], scale
 
 
+def scale_and_shift(
+    lane: Lane,
+    products: Sequence[F32],
+    scales: Sequence[F32],
+    shifts: Sequence[SharedPointer],
+    places: Sequence[int],
+) -> list[F32]:
+    """Products times the scales of their columns, plus the shifts of these, if there are any."""
+    if not shifts:
+        return [x * scale for x, scale in zip(products, scales, strict=True)]
+    added = [lane.bitcast_f32(word) for word in of_columns(lane, shifts[0], places)]
+    triples = zip(products, scales, added, strict=True)
+    return [lane.fma(x, scale, shift) for x, scale, shift in triples]
+
+
 def of_columns(lane: Lane, words: SharedPointer, places: Sequence[int]) -> list[I32]:
     """What belongs to the columns of the places of a matrix product, 32 bits each.
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt16
 
 from yoso_jax.kernels import xla
 from yoso_jax.kernels.codes import hash_codes
+from yoso_jax.kernels.effects import collision_effects
 from yoso_jax.kernels.mosaic_gpu import buckets, cumulation, hashing, hopper, layout
 from yoso_jax.kernels.mosaic_gpu.expectation import attend
 from yoso_jax.kernels.mosaic_gpu.expectation_backward import gradients
@@ -115,7 +116,14 @@ def sampled_backward(
     """
     if not isinstance(hashes, Hashes):
         raise NotImplementedError(f"mosaic_gpu made no hashes of type {type(hashes).__name__}.")
-    normalize = norm is not None
+    rows, shift = grad_out, None
+    if unit is not None and norm is not None and backward != "sampled":
+        counts = dict(num_hashes=hashes.number)
+        scale, shift = collision_effects(grad_out, unit, norm, value, key_mask, **counts)
+        if _has_tangents(unit):
+            rows = _before_normalizing(grad_out, unit, 1 / scale)
+        else:
+            rows = xla.scaled_tangents(grad_out, unit, scale)
     grad_out = _before_normalizing(grad_out, unit, norm)
     codes = hashes.kept or (hashes.codes(query, filler=0), hashes.codes(key, filler=1))
     query_codes, key_codes = codes
@@ -141,10 +149,10 @@ def sampled_backward(
             plain(query_codes, num_backward_hashes),
             plain(key_codes, num_backward_hashes),
             *args,
-            grad_out,
+            rows,
+            shift,
             hash_code_len=hash_code_len,
             bucket_bits=bucket_bits,
-            normalize=normalize,
         )
         return *grads, grad_value
     if backward == "sampled":
@@ -152,9 +160,9 @@ def sampled_backward(
         grads = xla.surrogate_gradients(collided, *args, grad_out, **options)
         return *grads[:2], grad_value
     if value.dtype == jnp.float32:
-        grads = xla.expected_gradients(*args, grad_out, **options, normalize=normalize)
+        grads = xla.expected_gradients(*args, rows, shift, **options)
     else:
-        grads = _expected_gradients(*args, grad_out, **options, normalize=normalize)
+        grads = _expected_gradients(*args, rows, shift, **options)
     return *grads, grad_value
 
 
@@ -198,7 +206,7 @@ def expectation_backward(
     """
     _check_expectation(query, value)
     grad_out = _before_normalizing(grad_out, unit, norm).astype(value.dtype)
-    args = hopper.only(query), key, value, query_mask, key_mask, grad_out
+    args = hopper.only(query), key, value, query_mask, key_mask, grad_out, None
     return _gradients(*args, hash_code_len=hash_code_len)
 
 
@@ -222,17 +230,11 @@ def _gradients(*args: Any, **options: Any) -> Any:
     return jax.tree.map(lambda x: vary_like(x, *args), out)
 
 
-def _expected_gradients(*args: Any, hash_code_len: int, normalize: bool) -> tuple[Array, Array]:
+def _expected_gradients(*args: Any, hash_code_len: int) -> tuple[Array, Array]:
     """As `xla.expected_gradients`, for what there are kernels for."""
-    *inputs, grad_out = args
-    if normalize:
-        rows, _ = attend(*inputs, hash_code_len=hash_code_len, normalize=True)
-        if _has_tangents(rows):
-            grad_out = tangents(grad_out.astype(rows.dtype)[None], rows[None], None)
-        else:
-            grad_out = xla.orthogonal(grad_out, rows)
-    grad_out = grad_out.astype(inputs[2].dtype)
-    return _gradients(*inputs, grad_out, hash_code_len=hash_code_len, with_value=False)[:2]
+    *inputs, rows, shift = args
+    options = dict(hash_code_len=hash_code_len, with_value=False)
+    return _gradients(*inputs, rows.astype(inputs[2].dtype), shift, **options)[:2]
 
 
 def _bucketed_gradients(
@@ -240,7 +242,7 @@ def _bucketed_gradients(
 ) -> tuple[Array, Array]:
     """As `xla.bucketed_gradients`, which also takes what the kernels do not."""
     codes = query_codes, key_codes
-    query, _, value, *_, grad_out = args
+    query, _, value, *_, rows, shift = args
     if not buckets.is_supported(query, value, bucket_bits):
         return xla.bucketed_gradients(*codes, *args, **options, bucket_bits=bucket_bits)
 
@@ -248,7 +250,7 @@ def _bucketed_gradients(
         grads = _expected_gradients(*args, **options)
         return jax.tree.map(lambda x: vary_like(x, *args, *codes), grads)
 
-    args = *args[:-1], grad_out.astype(value.dtype)
+    args = *args[:-2], rows.astype(value.dtype), shift
     return buckets.bucketed_gradients(
         *codes, *args, **options, bucket_bits=bucket_bits, dense=dense
     )

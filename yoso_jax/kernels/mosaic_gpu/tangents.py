@@ -1,7 +1,7 @@
 """What is left of rows without their component along others.
 
 It is the last step of a gradient of queries or keys: what is parallel to a token changes its length
-only. It is that of the gradient through a normalisation, and of `xla.orthogonal`.
+only. So it is of the gradient through a normalisation.
 """
 
 import math
