@@ -13,8 +13,8 @@ BACKWARDS = ("sampled", "expectation", "bucketed")
 # Tokens a bucket should have at least, on average. Of the same number of pairs, fewer hashes of
 # larger buckets are less noisy, have less to sort and to sum up, and their tiles are fuller.
 _BUCKET_TOKENS = 256
-# With 4, associative recall of 1,024 tokens and a masked language model of 4,096 trained as with the
-# expectation; with 2, attention takes two thirds of the time, and they not always did so.
+# With 4, associative recall of 1,024 tokens and a masked language model of 4,096 trained as with
+# the expectation; with 2, attention takes two thirds of the time, and they not always did so.
 _HASHES = 4
 
 

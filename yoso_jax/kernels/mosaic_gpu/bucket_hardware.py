@@ -307,7 +307,7 @@ class Interpreted(Hardware):
         of_tokens, rows = (jnp.take(x[batch, :, n, :], tokens, axis=0) for x in arrays[:2])
         numbers = jnp.take(arrays[2][batch * self.plan.heads + n], tokens, axis=1)
         targets[0][slot] = of_tokens
-        targets[1][slot] = jnp.where((places < count)[:, None], rows, 0)
+        targets[1][slot] = rows
         if by_column:
             numbers = tiles.in_column_order(jnp.where(places < count, numbers, 0))
         targets[2][slot] = numbers

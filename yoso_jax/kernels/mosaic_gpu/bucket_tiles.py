@@ -121,8 +121,8 @@ def gather(
       rows: the same of the rows of tokens.
       numbers: to a float32 of each token of the head, to the 64 of them that are copied, and how
         many such there are, one after the other.
-      count: words that count, at least 1. Later tokens repeat the last of them, their rows are
-        zeros, and so are their numbers by column.
+      count: words that count, at least 1. Later tokens repeat the last of them, but their numbers
+        by column are zeros.
       stride: columns of all heads of a token, by columns of a head.
       layout: of the words.
       by_column: numbers are in the order of `tiles.in_column_order`.
@@ -138,11 +138,7 @@ def gather(
         numbers_of_tokens = [layout.token(word_at(row)) for row, _ in places]
         for (row, byte), token in zip(places, numbers_of_tokens, strict=True):
             offset = tile_offset(row, byte, row_bytes=2 * columns)
-            tile.at(offset).start_copy(
-                source.at(token, 2 * columns * stride).at(byte, 1),
-                _PIECE,
-                where=row < count if tile is rows[1] else None,
-            )
+            tile.at(offset).start_copy(source.at(token, 2 * columns * stride).at(byte, 1), _PIECE)
     known, copies, kinds = numbers
     with lane.when(thread < TILE):
         place = tiles.place_of_column(thread) if by_column else thread

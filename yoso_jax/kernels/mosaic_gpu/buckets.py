@@ -355,7 +355,7 @@ def bucketed_gradients(
         for (side, other, x, mask), found in zip(sides, ranges, strict=True):
             grad = tangents(
                 sum_up(side, other, found),
-                side.tokens[None],
+                side.tokens,
                 mask,
                 # Weights have the sign of the scales.
                 factor=-hash_code_len / 2 / num_hashes,

@@ -483,7 +483,7 @@ def gradients(
     # The sums are divided by the lengths of queries already.
     grad_query = tangents(
         sums[None],
-        jnp.pad(query, [(0, 0)] * 3 + [(0, sums.shape[-1] - query.shape[-1])])[None],
+        jnp.pad(query, [(0, 0)] * 3 + [(0, sums.shape[-1] - query.shape[-1])]),
         None,
         factor=-hash_code_len / 2,
         heads_first=True,

@@ -216,7 +216,7 @@ def _before_normalizing(grad_out: Array, unit: Array | None, norm: Array | None)
         return grad_out
     if not _has_tangents(unit):
         return xla.l2_normalize_gradient(unit, norm, grad_out)
-    grad = tangents(grad_out.astype(unit.dtype)[None], unit[None], None, norms=norm)
+    grad = tangents(grad_out.astype(unit.dtype)[None], unit, None, norms=norm)
     return vary_like(grad, grad_out, unit, norm)
 
 

@@ -32,7 +32,7 @@ _TINY = 1e-24
 
 def tangents(
     parts: Float[Array, "P *rows columns"],
-    directions: Float[Array, "Q B T N columns"],
+    directions: Float[Array, "B T N columns"],
     mask: Bool[Array, "B T"] | None,
     *,
     factor: float = 1,
@@ -40,13 +40,12 @@ def tangents(
     heads_first: bool = False,
     call: Call | None = None,
 ) -> Float[Array, "B T N columns"]:
-    """The sum of the parts times a factor, less its component along the sum of the directions.
+    """The sum of the parts times a factor, less its component along a direction.
 
     Args:
       parts: `[P, B, T, N, columns]`, or with `heads_first` `[P, B * N, padded T, columns]`, float32
         or the dtype of `directions`.
-      directions: bfloat16 or float16; columns are a multiple of `COLUMNS`. Sums of zeros have no
-        direction.
+      directions: bfloat16 or float16; columns are a multiple of `COLUMNS`. Zeros are none.
       mask: False for tokens whose result is zero, whatever their rows are; or None.
       factor: what the sum is multiplied by.
       norms: float32 to divide by, perhaps. The result is zero where they are about zero.
@@ -58,7 +57,7 @@ def tangents(
     """
     if call is None:
         from yoso_jax.kernels.mosaic_gpu.lane_mosaic import call  # loads JAX's GPU dialects
-    batch, num_tokens, heads, columns = directions.shape[1:]
+    batch, num_tokens, heads, columns = directions.shape
     num_rows = batch * num_tokens * heads
     lanes = columns // COLUMNS
     block_rows = _THREADS // lanes
@@ -78,23 +77,22 @@ def tangents(
         row = lane.minimum(number, num_rows - 1)
         token, n = row // heads, row % heads
 
-        def sum_up(array: Array, row: GlobalPointer) -> list[F32]:
-            words = COLUMNS * array.dtype.itemsize // 4
-            sums = [lane.f32(0)] * COLUMNS
-            for part in range(array.shape[0]):
-                place = row.at(piece, 4 * words).at(part, array.nbytes // array.shape[0])
-                loaded = [x for first in range(0, words, 4) for x in place.load(4, 4 * first)]
-                values = lane.unpack(loaded, array.dtype)
-                sums = [a + b for a, b in zip(sums, values, strict=True)]
-            return sums
+        def load(row: GlobalPointer, dtype: jnp.dtype) -> list[F32]:
+            words = COLUMNS * dtype.itemsize // 4
+            place = row.at(piece, 4 * words)
+            loaded = [x for first in range(0, words, 4) for x in place.load(4, 4 * first)]
+            return lane.unpack(loaded, dtype)
 
         row_bytes = columns * parts.dtype.itemsize
         place = inputs[0].at(row, row_bytes)
         if heads_first:
             head, token_of_head = token // num_tokens * heads + n, token % num_tokens
             place = inputs[0].at(head, parts.shape[-2] * row_bytes).at(token_of_head, row_bytes)
-        sums = sum_up(parts, place)
-        along = sum_up(directions, inputs[1].at(row, 2 * columns))
+        sums = [lane.f32(0)] * COLUMNS
+        for part in range(parts.shape[0]):
+            values = load(place.at(part, parts.nbytes // parts.shape[0]), parts.dtype)
+            sums = [a + b for a, b in zip(sums, values, strict=True)]
+        along = load(inputs[1].at(row, 2 * columns), dtype)
         pair = [lane.f32(0)] * 2
         for a, b in zip(sums, along, strict=True):
             pair = [lane.fma(a, b, pair[0]), lane.fma(b, b, pair[1])]
@@ -125,7 +123,7 @@ def tangents(
     program = Program(
         "tangents",
         tangent,
-        outputs=(jax.ShapeDtypeStruct(directions.shape[1:], dtype),),
+        outputs=(jax.ShapeDtypeStruct(directions.shape, dtype),),
         num_blocks=-(-num_rows // block_rows),
         num_warpgroups=_WARPGROUPS,
         shared_bytes=8 * _THREADS,
