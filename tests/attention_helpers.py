@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from yoso_jax.kernels import reference
+from yoso_jax.kernels.codes import hash_codes
+from yoso_jax.kernels.effects import other_projection
 from yoso_jax.kernels.xla import l2_normalize
 
 
@@ -21,12 +24,15 @@ def draw_codes(*shapes, num_codes):
     return [jnp.asarray(rng.integers(0, num_codes, shape), jnp.int32) for shape in shapes]
 
 
-def unit_rows(weights, slope, cosine, value, *, hash_code_len, num_hashes=None, key_mask=None):
+def unit_rows(
+    weights, slope, cosine, value, *, hash_code_len, num_hashes=None, key_mask=None, others=None
+):
     """Normalised rows of `weights value`, whose derivative by the cosines is that of YOSO.
 
     `t/2 slope` is that of the weights. Where the slope is not that of `num_hashes` hashes
     themselves, but of what they are in expectation, a row moves by what one collision more in one
-    of them would do, with values that have in the second order the mean and mean square of all.
+    of them would do, less half of what the mean value would that it collides with in up to eight
+    other hashes, whose weights are `others`.
     """
     weights, slope = jax.lax.stop_gradient((weights, slope))
     total = functools.partial(jnp.einsum, "bnts,bnsd->bntd", precision="highest")
@@ -43,10 +49,20 @@ def unit_rows(weights, slope, cosine, value, *, hash_code_len, num_hashes=None, 
     unit = l2_normalize(jax.lax.stop_gradient(rows))
     mean = jnp.sum(jnp.where(is_key, fixed, 0), axis=2, keepdims=True) / count
     square = jnp.sum(jnp.where(is_key, fixed**2, 0), axis=(2, 3), keepdims=True) / count
-    added = jnp.sum(unit * mean, axis=-1, keepdims=True) / num_hashes
-    squared = norm**2 + 2 * norm * added + square / num_hashes**2
-    longer = jnp.sqrt(jnp.maximum(squared, 0.01 * square / num_hashes**2))
-    along = jnp.einsum("bntd,bnsd->bnts", unit, fixed, precision="highest")
-    turn = (total(change, fixed) - jnp.sum(change * along, -1, keepdims=True) * unit) / longer
-    stretch = num_hashes * ((norm + added) / longer - 1) * jnp.sum(change, -1, keepdims=True)
-    return l2_normalize(rows) + turn + stretch * unit
+    square = square / num_hashes**2
+    added = norm * jnp.sum(unit * mean, axis=-1, keepdims=True) / num_hashes
+    squared = jnp.maximum(norm**2 + 2 * added + square, jnp.maximum(norm**2, square) / 2)
+    share = jnp.clip((added + square) / squared, 0, 1)
+    number = min(num_hashes, 8)
+    met = number * total(others, fixed) + 8 * mean
+    met = met / (number * jnp.sum(others, axis=-1, keepdims=True) + 8)
+    moved = total(change, fixed) - jnp.sum(change, axis=-1, keepdims=True) * met / 2
+    turn = moved - jnp.sum(moved * unit, axis=-1, keepdims=True) * unit
+    return l2_normalize(rows) + jnp.where(norm > 0, (1 - share) / jnp.sqrt(squared), 0) * turn
+
+
+def other_weights(query, key, projection, *, hash_code_len):
+    """Fractions of the other hashes that belong to a projection in which pairs collide."""
+    projection = other_projection(projection, hash_code_len)
+    codes = (hash_codes(x, projection, hash_code_len=hash_code_len) for x in (query, key))
+    return reference.collision_weights(*codes)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_helpers import normal, unit_rows
+from attention_helpers import normal, other_weights, unit_rows
 from jax import export
 from run_helpers import fast_compilations
 
@@ -248,7 +248,9 @@ def test_gradients_are_those_of_the_definition():
         is_pair = mask[:, None, None] & query_mask[:, None, :, None]
         weights = jnp.where(is_pair, reference.collision_weights(*codes), 0)
         slope = jnp.where(is_pair, slope, 0)
+        others = other_weights(query, key, projection, hash_code_len=4)
         options = dict(hash_code_len=4, num_hashes=5, key_mask=mask)
+        options |= dict(others=jnp.where(is_pair, others, 0))
         return jnp.sum(unit_rows(weights, slope, cosine, value, **options) * jnp.arange(3.0))
 
     expected = jax.jit(jax.value_and_grad(definition, argnums=(0, 1, 2)))(*args)

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from yoso_jax.kernels import blocked, buckets, collisions
+from yoso_jax.kernels import blocked, buckets, collisions, effects
 from yoso_jax.kernels.codes import hash_codes
 from yoso_jax.kernels.collisions import lsh_weighted_cumulation as lsh_weighted_cumulation
-from yoso_jax.kernels.effects import collision_effects
 
 # Rows are divided by no less.
 _EPS = 1e-12
@@ -71,14 +70,6 @@ def l2_normalize_gradient(
     return jnp.where(small, 0, grad / jnp.where(small, 1, norm)).astype(unit.dtype)
 
 
-def scaled_tangents(
-    grad_unit: Float[Array, "*rows D"], unit: Float[Array, "*rows D"], scale: Float[Array, "*rows"]
-) -> Float[Array, "*rows D"]:
-    """The part of `grad_unit` that is orthogonal to `unit`, unit rows or zeros, times a scale."""
-    grad, unit = widen(grad_unit), widen(unit)
-    return scale[..., None] * (grad - jnp.sum(grad * unit, axis=-1, keepdims=True) * unit)
-
-
 def lsh_cumulation(
     query_codes: Int[Array, "*batch T m"],
     key_codes: Int[Array, "*batch S m"],
@@ -115,13 +106,21 @@ def mask_tokens(
     return x if mask is None else jnp.where(mask[..., None, None], x, 0)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["query", "key"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["query", "key", "projection"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """What `sampled` keeps for its backward pass: codes as they are, int32 `[B, N, tokens, m]`."""
+    """What `sampled` keeps for its backward pass: codes as they are, int32 `[B, N, tokens, m]`.
+
+    `projection` is theirs; None where only the codes matter.
+    """
 
     query: Array
     key: Array
+    projection: Array | None = None
 
 
 def sampled(
@@ -144,17 +143,29 @@ def sampled(
     that; it is None otherwise.
     """
     del keep_codes
-    codes = Codes(
-        *(
-            hash_codes(heads_first(x, mask), widen(projection), hash_code_len=hash_code_len)
-            for x, mask in ((query, query_mask), (key, key_mask))
-        )
-    )
+    options = dict(hash_code_len=hash_code_len)
+    codes = _hash(query, key, projection, query_mask, key_mask, **options)
     value = heads_first(value, key_mask)
-    out = collisions.lsh_cumulation(codes.query, codes.key, value, hash_code_len=hash_code_len)
+    out = collisions.lsh_cumulation(codes.query, codes.key, value, **options)
     out = tokens_first(out, query_mask)
     out, norm = _normalize_rows(out) if normalize else (out, None)
     return out, norm, codes
+
+
+def _hash(
+    query: Array,
+    key: Array,
+    projection: Array,
+    query_mask: Array | None,
+    key_mask: Array | None,
+    *,
+    hash_code_len: int,
+) -> Codes:
+    query_codes, key_codes = (
+        hash_codes(heads_first(x, mask), widen(projection), hash_code_len=hash_code_len)
+        for x, mask in ((query, query_mask), (key, key_mask))
+    )
+    return Codes(query_codes, key_codes, projection)
 
 
 def sampled_backward(
@@ -183,10 +194,8 @@ def sampled_backward(
     args = query, key, value, query_mask, key_mask
     rows, shift = grad_out, None
     if unit is not None and norm is not None:
-        num_hashes = codes.key.shape[-1]
-        options = dict(num_hashes=num_hashes)
-        scale, shift = collision_effects(grad_out, unit, norm, value, key_mask, **options)
-        rows = scaled_tangents(grad_out, unit, scale)
+        if backward != "sampled":
+            rows, shift = _rows_and_shift(codes, *args, grad_out, unit, norm, hash_code_len)
         grad_out = l2_normalize_gradient(unit, norm, grad_out)
     if backward == "sampled":
         return surrogate_gradients(codes, *args, grad_out, hash_code_len=hash_code_len)
@@ -208,6 +217,36 @@ def sampled_backward(
     return *grads, tokens_first(grad_value, key_mask).astype(value.dtype)
 
 
+def _rows_and_shift(
+    codes: Codes,
+    query: Array,
+    key: Array,
+    value: Array,
+    query_mask: Array | None,
+    key_mask: Array | None,
+    grad_unit: Array,
+    unit: Array,
+    norm: Array,
+    hash_code_len: int,
+) -> tuple[Array, Array]:
+    """Of `expected_gradients`, where rows were normalised."""
+    if codes.projection is None:
+        raise ValueError("codes of normalised rows need their projection.")
+    options = dict(num_hashes=codes.key.shape[-1])
+    scale = effects.collision_scales(unit, norm, value, key_mask, **options)
+    rows = effects.scaled_tangents(grad_unit, unit, scale)
+    projection = effects.other_projection(codes.projection, hash_code_len)
+    other = _hash(query, key, projection, query_mask, key_mask, hash_code_len=hash_code_len)
+    ones = jnp.ones((*value.shape[:-1], 1), value.dtype)
+    counted = heads_first(jnp.concatenate([value, ones], axis=-1), key_mask)
+    sums = collisions.lsh_cumulation(other.query, other.key, counted, hash_code_len=hash_code_len)
+    sums = tokens_first(sums, query_mask)
+    shift = effects.balance(
+        rows, value, key_mask, sums[..., :-1], sums[..., -1], num_others=other.key.shape[-1]
+    )
+    return rows, shift
+
+
 def expected_gradients(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S N H"],
@@ -227,8 +266,8 @@ def expected_gradients(
       value: as of `sampled`.
       query_mask: as of `sampled`.
       key_mask: as of `sampled`.
-      rows: gradient of `B v`; where that was normalised, with the scale of `collision_effects`.
-      shift: the shift of those; None for none.
+      rows: gradient of `B v`; where that was normalised, with the scales of `effects`.
+      shift: what to add to products of these with values, the balance of `effects`; or None.
       hash_code_len: bits of a hash.
     """
     units, unit_vjp = _units(query, key, query_mask, key_mask)

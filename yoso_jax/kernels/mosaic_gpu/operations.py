@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt16
 
-from yoso_jax.kernels import xla
+from yoso_jax.kernels import effects, xla
 from yoso_jax.kernels.codes import hash_codes
-from yoso_jax.kernels.effects import collision_effects
 from yoso_jax.kernels.mosaic_gpu import buckets, cumulation, hashing, hopper, layout
 from yoso_jax.kernels.mosaic_gpu.expectation import attend
 from yoso_jax.kernels.mosaic_gpu.expectation_backward import gradients
 from yoso_jax.kernels.mosaic_gpu.expectation_tiles import MAX_DIM
 from yoso_jax.kernels.mosaic_gpu.tangents import COLUMNS, tangents
 from yoso_jax.kernels.mosaic_gpu.varying import vary_like
+
+# Of ones that are summed up: the fewest that a thread of the kernels loads.
+_COUNT_COLUMNS = 8
 
 
 @functools.partial(
@@ -116,14 +118,10 @@ def sampled_backward(
     """
     if not isinstance(hashes, Hashes):
         raise NotImplementedError(f"mosaic_gpu made no hashes of type {type(hashes).__name__}.")
+    args = query, key, value, query_mask, key_mask
     rows, shift = grad_out, None
     if unit is not None and norm is not None and backward != "sampled":
-        counts = dict(num_hashes=hashes.number)
-        scale, shift = collision_effects(grad_out, unit, norm, value, key_mask, **counts)
-        if _has_tangents(unit):
-            rows = _before_normalizing(grad_out, unit, 1 / scale)
-        else:
-            rows = xla.scaled_tangents(grad_out, unit, scale)
+        rows, shift = _rows_and_shift(hashes, *args, grad_out, unit, norm)
     grad_out = _before_normalizing(grad_out, unit, norm)
     codes = hashes.kept or (hashes.codes(query, filler=0), hashes.codes(key, filler=1))
     query_codes, key_codes = codes
@@ -136,7 +134,6 @@ def sampled_backward(
         num_hashes=hashes.number,
         hash_code_len=hash_code_len,
     )
-    args = query, key, value, query_mask, key_mask
     batch, _, heads, _ = query.shape
 
     def plain(arranged: Array, num_hashes: int) -> Array:
@@ -164,6 +161,35 @@ def sampled_backward(
     else:
         grads = _expected_gradients(*args, rows, shift, **options)
     return *grads, grad_value
+
+
+def _rows_and_shift(
+    hashes: Hashes,
+    query: Array,
+    key: Array,
+    value: Array,
+    query_mask: Array | None,
+    key_mask: Array | None,
+    grad_unit: Array,
+    unit: Array,
+    norm: Array,
+) -> tuple[Array, Array]:
+    """As of `xla`."""
+    options = dict(num_hashes=hashes.number)
+    scale = effects.collision_scales(unit, norm, value, key_mask, **options)
+    if _has_tangents(unit):
+        rows = _before_normalizing(grad_unit, unit, 1 / scale)
+    else:
+        rows = effects.scaled_tangents(grad_unit, unit, scale)
+    code_len = hashes.hash_code_len
+    other = Hashes(effects.other_projection(hashes.projection, code_len), code_len)
+    codes = other.codes(query, filler=0), other.codes(key, filler=1)
+    sums, counts = (
+        _cumulate(*codes, x, query_mask, key_mask, num_hashes=other.number, hash_code_len=code_len)
+        for x in (value, jnp.ones((*value.shape[:-1], _COUNT_COLUMNS), value.dtype))
+    )
+    shift = effects.balance(rows, value, key_mask, sums, counts[..., 0], num_others=other.number)
+    return rows, shift
 
 
 def expectation(
