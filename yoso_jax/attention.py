@@ -71,10 +71,11 @@ def yoso_attention(
       hash_fn: "gaussian" projections, or "fast" ones of random signs and Hadamard transforms.
       bit_layout: "spread" (unbiased) or "block" (as published), with `hash_fn="fast"`.
       backward: gradients of query and key of a sampled forward pass. "sampled": over the pairs that
-        collide in the same hashes. "expectation": over all pairs, in quadratic time, without noise.
-        "bucketed": over the pairs that collide in the first bits of some of the same hashes, each
-        weighted by the probability that the other bits agree; in linear time. None: the fastest
-        for the shapes and JAX's default device, as measured; of two about as fast the less noisy.
+        collide in the same hashes. "expectation": over all pairs, in quadratic time, with the least
+        noise. "bucketed": over the pairs that collide in the first bits of some of the same hashes,
+        each weighted by the probability that the other bits agree; in linear time. None: the
+        fastest for the shapes and JAX's default device, as measured; of two about as fast the less
+        noisy.
       num_backward_hashes: hashes that "bucketed" uses, 1 to `num_hashes`; None for at most 4.
         More hashes, less noise and more time. Other kinds ignore it, as they do `bucket_bits`.
       bucket_bits: bits that "bucketed" compares, 0 to `hash_code_len`; None for buckets of 256 to
