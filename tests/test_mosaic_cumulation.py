@@ -194,7 +194,7 @@ def test_scales_are_chosen_for_each_head():
     buckets = fixed_point.Buckets(5, 1000, value.dtype, 5, 9)
     codes = layout.arrange_codes(jnp.asarray(key_codes), hash_code_len=9, filler=1)
     program = fixed_point.largest_bucket_program(buckets)
-    (bounds,) = numpy_run(program, codes, sliced.weights, sliced.sums)
+    (bounds,) = numpy_run(program, codes, sliced.weights, sliced.sums, np.ones(5, np.float32))
     packed, wide, is_safe = load_scales(bounds)
     np.testing.assert_array_equal(is_safe, [True, False, True, True, False])
     for head in (0, 1, 2, 4):
@@ -251,15 +251,36 @@ def test_values_with_a_mean_fit_into_packed_tables():
             layout.arrange_codes(jnp.asarray(x), hash_code_len=9, filler=i)
             for i, x in enumerate((query_codes, codes[1]))
         ]
-        bounds = fixed_point.allow_for_mean(jnp.ones((1, 1, 2)), value[:, :, None], *arranged)
-        assert bounds[0, 0, 0] == 1
-        return float(bounds[0, 0, 1])
+        (factor,) = fixed_point.coarseness(value[:, :, None], *arranged)
+        return float(factor)
 
     # 32 hashes find 250 keys each; half of the mean square is the mean's.
     assert factor(arrays[2]) == pytest.approx((1 + 32 * 250 / 2) ** 0.5, rel=0.55)
     assert factor(value) == 1
     assert factor(arrays[2], codes[0] + 16) == 1  # which find nothing
     assert factor(arrays[2] * jnp.nan) == 1
+
+
+EQUAL_VALUES = [(512, 1.0, None), (2000, 0.6, None), (5000, 1.0, None), (5000, 1.0, False)]
+
+
+def equal_values(tokens, share, value):
+    """Of so many tokens, of which a share has one code in all of eight hashes."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 2**9, (1, tokens, 8)).astype(np.int32)
+    codes = np.where(rng.random(codes.shape) < share, 3, codes)
+    return codes, codes, jnp.full((1, tokens, 8), value, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("value", [1.0, 1.3])
+@pytest.mark.parametrize("case", EQUAL_VALUES, ids=lambda case: "-".join(map(str, case)))
+def test_equal_values_are_rounded_alike_and_fit(case, value):
+    """As when collisions are counted: all roundings have the same sign."""
+    *case, one_kernel = case
+    arrays = equal_values(*case, value)
+    kwargs = (("out_dtype", jnp.float32), ("one_kernel", one_kernel))
+    out = run(*arrays, hash_code_len=9, kwargs=kwargs)
+    assert relative_error(out, reference(*arrays)) < 4e-3
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -333,21 +354,24 @@ def test_tables_fit_and_slots_do_not_share_banks(hash_code_len):
 
 
 @pytest.mark.parametrize(
-    ("heads", "tokens", "one_kernel", "query_chunks", "key_chunks"),
+    ("heads", "tokens", "num_hashes", "one_kernel", "query_chunks", "key_chunks"),
     [
-        (256, 1024, True, 1, 1),
-        (64, 4096, True, 1, 1),
-        (16, 16384, True, 4, 1),
-        (4, 65536, False, 16, 1),
-        (1, 2**18, False, 64, 4),
-        (1, 4096, False, 4, 4),
-        (1, 100, False, 1, 1),
-        (18, 4096, False, 2, 1),  # one kernel would need two waves for 144 blocks
+        (256, 1024, 32, True, 1, 1),
+        (64, 4096, 32, True, 1, 1),
+        (16, 16384, 32, True, 4, 1),
+        (4, 65536, 32, False, 16, 1),
+        (1, 2**18, 32, False, 64, 4),
+        (1, 4096, 32, False, 4, 4),
+        (1, 100, 32, False, 1, 1),
+        (18, 4096, 32, False, 2, 1),  # one kernel would need two waves for 144 blocks
+        (16, 16384, 8, True, 4, 1),
+        (1, 2**18, 8, False, 64, 16),
+        (1, 4096, 8, True, 4, 4),
     ],
 )
-def test_the_work_fills_the_gpu(heads, tokens, one_kernel, query_chunks, key_chunks):
+def test_the_work_fills_the_gpu(heads, tokens, num_hashes, one_kernel, query_chunks, key_chunks):
     dtype = np.dtype(np.float16)
-    plan = Plan(heads, tokens, tokens, 8, 32, 9, dtype, dtype)
+    plan = Plan(heads, tokens, tokens, 8, num_hashes, 9, dtype, dtype)
     assert plan.takes_one_kernel == one_kernel
     assert (plan.query_chunks, plan.key_chunks) == (query_chunks, key_chunks)
 
@@ -450,7 +474,7 @@ def test_gpu_agrees_with_numpy_bit_for_bit(num_queries):
     keys = Rows(5, 1000, 1, 16, dtype)
     slices, weights, sums = check(values.slice_values_program(keys, 8), value)
     search = fixed_point.largest_bucket_program(plan.buckets)
-    (bounds,) = check(search, key_codes, weights, sums)
+    (bounds,) = check(search, key_codes, weights, sums, np.full(5, 1.5, np.float32))
     arrays = key_codes, slices, bounds
     out, *_ = check(cumulation.cumulation_program(plan), query_codes, *arrays)
     tables, flags = check(cumulation.write_tables_program(plan, wide=False), *arrays)
@@ -458,6 +482,16 @@ def test_gpu_agrees_with_numpy_bit_for_bit(num_queries):
     check(cumulation.read_tables_program(plan), query_codes, bounds, wide, tables, flags)
     rows = Rows(5, num_queries, 1, 16, dtype)
     check(values.merge_slices_program(rows, 8, normalize=True), out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", EQUAL_VALUES, ids=lambda case: "-".join(map(str, case)))
+def test_gpu_counts_collisions(case):
+    *case, one_kernel = case
+    arrays = equal_values(*case, 1.0)
+    kwargs = (("out_dtype", jnp.float32), ("one_kernel", one_kernel))
+    out = run(*arrays, hash_code_len=9, call=None, kwargs=kwargs)
+    assert relative_error(out, reference(*arrays)) < 4e-3
 
 
 @pytest.mark.gpu

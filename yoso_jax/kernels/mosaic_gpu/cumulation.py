@@ -412,13 +412,14 @@ def cumulate(
     query_masks = () if query_mask is None else (query_mask.astype(jnp.int32),)
     key_mask = None if key_mask is None else key_mask.astype(jnp.int32)
     sliced = values.slice_values(value, key_mask, width=width, call=call)
+    coarseness = jnp.ones(plan.heads, jnp.float32)
+    if plan.may_pack:
+        coarseness = fixed_point.coarseness(value, query_codes, key_codes)
     if plan.searches:
         search = fixed_point.largest_bucket_program(plan.buckets)
-        (bounds,) = call(search, key_codes, sliced.weights, sliced.sums)
+        (bounds,) = call(search, key_codes, sliced.weights, sliced.sums, coarseness)
     else:
-        bounds = fixed_point.bounds_of_all(sliced.sums)
-    if plan.may_pack:
-        bounds = fixed_point.allow_for_mean(bounds, value, query_codes, key_codes)
+        bounds = fixed_point.bounds_of_all(sliced.sums, coarseness)
     if plan.takes_one_kernel:
         program = cumulation_program(plan)
         out, *_ = call(program, query_codes, key_codes, sliced.slices, bounds)

@@ -45,6 +45,9 @@ from yoso_jax.kernels.mosaic_gpu.values import ROWS_PER_SUM, SUMS, sum_over_thre
 _PACKED_ERROR = 1.4e-3
 # Standard deviation of rounding to an integer.
 _ROUNDING = 1 / math.sqrt(12)
+# What rounding adds to each row, half an integer, is at most so much of a typical value, where the
+# packed error is accepted.
+_HALF_INTEGER = _PACKED_ERROR / _ROUNDING / 2
 # The largest sums, with some room for the rounding of what follows.
 _PACKED_RANGE = 32700.0
 _WIDE_RANGE = 2.0**30
@@ -82,6 +85,7 @@ def _largest_bucket(
     codes = inputs[0].at(head_and_group, num_tokens * 16)
     weights = inputs[1].at(head, num_tokens * _PAIR)
     sums = inputs[2].at(head, tables.chunks * 4 * SUMS)
+    coarseness = lane.bitcast_f32(inputs[3].at(head, 4).load()[0])
     thread, zero = lane.thread_id(), lane.i32(0)
     largest_word = shared.at(num_words, 4)
 
@@ -94,12 +98,10 @@ def _largest_bucket(
     )
     total, roots, used = sum_over_threads(lane, shared.at(num_words + 4, 4), totals)
     mean = roots / lane.select(used > 1, used, lane.f32(1.0))
-    typical = mean * mean * _NORMAL_RMS
+    typical = mean * mean * _NORMAL_RMS * coarseness
     half = lane.f32(0.0)
     if tables.dtype != np.float32:
-        # Rounding adds up to half an integer to each row. Where the packed error is accepted, that
-        # is at most this:
-        half = typical * (_PACKED_ERROR / _ROUNDING / 2)
+        half = typical * _HALF_INTEGER
     total = total + half * used
     units = lane.f32(_UNITS) / lane.select(total > _TINY, total, lane.f32(_TINY))
 
@@ -202,7 +204,7 @@ def largest_bucket_program(tables: Buckets) -> Program:
     """A bound of the sums in the tables of each part of a group.
 
     Inputs: arranged codes of the keys, uint16 `[heads, groups, tokens, 8]`; weights and sums of
-    `values.slice_values`.
+    `values.slice_values`; how much larger typical values are taken for, `[heads]`.
     Output: float32 `[heads, groups * parts, 2]`, the bound and the magnitude of a typical value,
     NaN if any value is not finite.
     """
@@ -221,27 +223,32 @@ def largest_bucket_program(tables: Buckets) -> Program:
     )
 
 
-def bounds_of_all(sums: Float[Array, "heads chunks 4"]) -> Float[Array, "heads 1 2"]:
-    """As `largest_bucket_program`, for a bucket of all keys."""
+def bounds_of_all(
+    sums: Float[Array, "heads chunks 4"], coarseness: Float[Array, "heads"]
+) -> Float[Array, "heads 1 2"]:
+    """As `largest_bucket_program`, for a bucket of all keys; of values that may be packed."""
     # XLA would repeat the sum for each of what follows.
     sums = jax.lax.optimization_barrier(jnp.asarray(sums).sum(1))
     total, roots, used = sums[:, 0], sums[:, 1], sums[:, 2]
-    typical = (roots / jnp.maximum(used, 1)) ** 2 * _NORMAL_RMS
+    typical = (roots / jnp.maximum(used, 1)) ** 2 * _NORMAL_RMS * coarseness
+    total = total + _HALF_INTEGER * typical * used
     return jnp.stack([total, typical + (total - total)], -1)[:, None]
 
 
-def allow_for_mean(
-    bounds: Float[Array, "heads bounds 2"],
+def coarseness(
     value: Float[Array, "B S N D"],
     query_codes: UInt16[Array, "heads groups T 8"],
     key_codes: UInt16[Array, "heads groups S 8"],
-) -> Float[Array, "heads bounds 2"]:
-    """Bounds with larger typical values, as far as values have a mean in common.
+) -> Float[Array, "heads"]:
+    """How much larger typical values may be taken for, as they have a mean in common.
 
     With a fraction c of the mean squared length in their mean, the sum of K values has a mean
     square of `K (1 + (K - 1) c)` of theirs, and that of their roundings K of those. So typical
     values may be taken for larger by a factor f, with `1 / f**2` the mean of `1 / (1 + (K - 1) c)`
     over queries. K and c are those of a few tokens; K is the keys found in all hashes.
+
+    Roundings share no mean as long as values, `sqrt(1 - c)` of whose length is their own, differ by
+    half an integer.
     """
     some = value[:, :: max(1, value.shape[1] // _SAMPLED_VALUES)].astype(jnp.float32)
     squares = jnp.sum(jnp.square(some), axis=(1, 3))
@@ -259,8 +266,8 @@ def allow_for_mean(
     found = jnp.sum(queries[:, :, :, None] == keys[:, :, None], axis=(1, 3, 4), dtype=jnp.float32)
     others = jnp.maximum(found * (key_codes.shape[2] / keys.shape[2]) - 1, 0)
     factor = jax.lax.rsqrt(jnp.mean(1 / (1 + others * common), axis=1))
-    factor = jnp.minimum(factor, _MOST_COARSE)
-    return bounds * jnp.stack([jnp.ones_like(factor), factor], axis=-1)[:, None]
+    most = jnp.minimum(_MOST_COARSE, jnp.sqrt(1 - common[:, 0]) / _HALF_INTEGER)
+    return jnp.maximum(jnp.minimum(factor, most), 1)
 
 
 class Scale(NamedTuple):

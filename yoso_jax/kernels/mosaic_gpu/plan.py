@@ -133,8 +133,11 @@ class Plan:
         if self.one_kernel is not None:
             return self.one_kernel
         blocks = self.heads * self.slices
+        if self.groups == 1:
+            # Tables are written and read for nothing else but more blocks, of parts of the tokens.
+            return 2 * blocks > _MULTIPROCESSORS or self.num_keys <= 8 * _MIN_KEYS_PER_CHUNK
         busy = blocks / _MULTIPROCESSORS / -(-blocks // _MULTIPROCESSORS)
-        return busy >= _BUSY or self.groups == 1
+        return busy >= _BUSY
 
     @property
     def resident_queries(self) -> int:
