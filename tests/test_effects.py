@@ -10,8 +10,8 @@ from yoso_jax.kernels.effects import (
     balance,
     collision_scales,
     other_projection,
-    scaled_tangents,
 )
+from yoso_jax.kernels.xla import l2_normalize_gradient
 
 
 @pytest.mark.parametrize("curvature", [0.0, 3.0])
@@ -50,7 +50,7 @@ def test_is_the_derivative_of_the_expected_loss(chance, curvature):
         return jnp.asarray(x, jnp.float32)[None, :, None]
 
     scale = collision_scales(device(unit), device(norm), device(value), None, num_hashes=num_hashes)
-    tangents = scaled_tangents(device(grad_unit), device(unit), scale)
+    tangents = l2_normalize_gradient(device(unit), 1 / scale, device(grad_unit))
     counts = jnp.asarray(others.sum(-1), jnp.float32)[None, :, None]
     shift = balance(
         tangents, device(value), None, device(others @ value), counts, num_others=OTHER_HASHES
@@ -70,7 +70,7 @@ def test_noise_that_all_values_share_is_taken_away():
     signs = jax.random.rademacher(keys[2], norm.shape, jnp.float32)
     grad_unit = signs[..., None] * (unit - unit.mean(1, keepdims=True))
     scale = collision_scales(unit, norm, value, None, num_hashes=8)
-    rows = scaled_tangents(grad_unit, unit, scale)
+    rows = l2_normalize_gradient(unit, 1 / scale, grad_unit)
     products = jnp.einsum("btnd,bsnd->bts", rows, value)
     sums = jnp.einsum("ts,bsnd->btnd", others, value)
     shift = balance(rows, value, None, sums, others.sum(-1)[None, :, None], num_others=8)

@@ -86,14 +86,6 @@ def balance(
     return -_HALF * jnp.sum(rows.astype(dtype) * collided, axis=-1) / count
 
 
-def scaled_tangents(
-    grad_unit: Float[Array, "*rows D"], unit: Float[Array, "*rows D"], scale: Float[Array, "*rows"]
-) -> Float[Array, "*rows D"]:
-    """The part of `grad_unit` that is orthogonal to `unit`, unit rows or zeros, times a scale."""
-    grad, unit = grad_unit.astype(scale.dtype), unit.astype(scale.dtype)
-    return scale[..., None] * (grad - jnp.sum(grad * unit, axis=-1, keepdims=True) * unit)
-
-
 def other_projection(
     projection: Float[Array, "B N H columns"], hash_code_len: int
 ) -> Float[Array, "B N H others"]:

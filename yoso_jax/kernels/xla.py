@@ -234,7 +234,7 @@ def _rows_and_shift(
         raise ValueError("codes of normalised rows need their projection.")
     options = dict(num_hashes=codes.key.shape[-1])
     scale = effects.collision_scales(unit, norm, value, key_mask, **options)
-    rows = effects.scaled_tangents(grad_unit, unit, scale)
+    rows = l2_normalize_gradient(unit, 1 / scale, grad_unit)
     projection = effects.other_projection(codes.projection, hash_code_len)
     other = _hash(query, key, projection, query_mask, key_mask, hash_code_len=hash_code_len)
     ones = jnp.ones((*value.shape[:-1], 1), value.dtype)

@@ -353,7 +353,7 @@ def bucketed_gradients(
         sides = (queries, keys, query, query_mask), (keys, queries, key, key_mask)
         grads = []
         for (side, other, x, mask), found in zip(sides, ranges, strict=True):
-            grad = tangents(
+            (grad,) = tangents(
                 sum_up(side, other, found),
                 side.tokens,
                 mask,

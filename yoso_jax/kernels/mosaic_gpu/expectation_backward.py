@@ -481,7 +481,7 @@ def gradients(
         from_queries, from_keys, with_query=True, with_value=with_value
     )
     # The sums are divided by the lengths of queries already.
-    grad_query = tangents(
+    (grad_query,) = tangents(
         sums[None],
         jnp.pad(query, [(0, 0)] * 3 + [(0, sums.shape[-1] - query.shape[-1])]),
         None,

@@ -18,8 +18,8 @@ from yoso_jax.kernels.mosaic_gpu.expectation_tiles import MAX_DIM
 from yoso_jax.kernels.mosaic_gpu.tangents import COLUMNS, tangents
 from yoso_jax.kernels.mosaic_gpu.varying import vary_like
 
-# Of ones that are summed up: the fewest that a thread of the kernels loads.
-_COUNT_COLUMNS = 8
+# Of ones that are summed up: the fewest that are a word of 32 bits.
+_COUNT_COLUMNS = 2
 
 
 @functools.partial(
@@ -120,9 +120,14 @@ def sampled_backward(
         raise NotImplementedError(f"mosaic_gpu made no hashes of type {type(hashes).__name__}.")
     args = query, key, value, query_mask, key_mask
     rows, shift = grad_out, None
-    if unit is not None and norm is not None and backward != "sampled":
-        rows, shift = _rows_and_shift(hashes, *args, grad_out, unit, norm)
-    grad_out = _before_normalizing(grad_out, unit, norm)
+    if unit is not None and norm is not None:
+        if backward == "sampled":
+            (grad_out,) = _before_normalizing(grad_out, unit, norm)
+        else:
+            options = dict(num_hashes=hashes.number)
+            scale = effects.collision_scales(unit, norm, value, key_mask, **options)
+            grad_out, rows = _before_normalizing(grad_out, unit, norm, 1 / scale)
+            shift = _shift(hashes, *args, rows)
     codes = hashes.kept or (hashes.codes(query, filler=0), hashes.codes(key, filler=1))
     query_codes, key_codes = codes
     grad_value = _cumulate(
@@ -163,24 +168,16 @@ def sampled_backward(
     return *grads, grad_value
 
 
-def _rows_and_shift(
+def _shift(
     hashes: Hashes,
     query: Array,
     key: Array,
     value: Array,
     query_mask: Array | None,
     key_mask: Array | None,
-    grad_unit: Array,
-    unit: Array,
-    norm: Array,
-) -> tuple[Array, Array]:
-    """As of `xla`."""
-    options = dict(num_hashes=hashes.number)
-    scale = effects.collision_scales(unit, norm, value, key_mask, **options)
-    if _has_tangents(unit):
-        rows = _before_normalizing(grad_unit, unit, 1 / scale)
-    else:
-        rows = effects.scaled_tangents(grad_unit, unit, scale)
+    rows: Array,
+) -> Array:
+    """The shift of `xla.expected_gradients`."""
     code_len = hashes.hash_code_len
     other = Hashes(effects.other_projection(hashes.projection, code_len), code_len)
     codes = other.codes(query, filler=0), other.codes(key, filler=1)
@@ -188,8 +185,7 @@ def _rows_and_shift(
         _cumulate(*codes, x, query_mask, key_mask, num_hashes=other.number, hash_code_len=code_len)
         for x in (value, jnp.ones((*value.shape[:-1], _COUNT_COLUMNS), value.dtype))
     )
-    shift = effects.balance(rows, value, key_mask, sums, counts[..., 0], num_others=other.number)
-    return rows, shift
+    return effects.balance(rows, value, key_mask, sums, counts[..., 0], num_others=other.number)
 
 
 def expectation(
@@ -231,24 +227,20 @@ def expectation_backward(
       NotImplementedError: there is no kernel for the device, a shape or the dtype.
     """
     _check_expectation(query, value)
-    grad_out = _before_normalizing(grad_out, unit, norm).astype(value.dtype)
+    if unit is not None and norm is not None:
+        (grad_out,) = _before_normalizing(grad_out, unit, norm)
+    grad_out = grad_out.astype(value.dtype)
     args = hopper.only(query), key, value, query_mask, key_mask, grad_out, None
     return _gradients(*args, hash_code_len=hash_code_len)
 
 
-def _before_normalizing(grad_out: Array, unit: Array | None, norm: Array | None) -> Array:
-    """The gradient of rows before they were normalised, if they were."""
-    if unit is None or norm is None:
-        return grad_out
-    if not _has_tangents(unit):
-        return xla.l2_normalize_gradient(unit, norm, grad_out)
-    grad = tangents(grad_out.astype(unit.dtype)[None], unit, None, norms=norm)
-    return vary_like(grad, grad_out, unit, norm)
-
-
-def _has_tangents(rows: Array) -> bool:
-    """Whether `tangents` takes such rows."""
-    return rows.dtype in (jnp.bfloat16, jnp.float16) and rows.shape[-1] % COLUMNS == 0
+def _before_normalizing(grad_unit: Array, unit: Array, *norms: Array) -> list[Array]:
+    """Gradients of rows before they were normalised, for each of some norms."""
+    # `tangents` takes no others.
+    if unit.dtype == jnp.float32 or unit.shape[-1] % COLUMNS:
+        return [xla.l2_normalize_gradient(unit, norm, grad_unit) for norm in norms]
+    grads = tangents(grad_unit.astype(unit.dtype)[None], unit, None, norms=norms)
+    return [vary_like(grad, grad_unit, unit, *norms) for grad in grads]
 
 
 def _gradients(*args: Any, **options: Any) -> Any:

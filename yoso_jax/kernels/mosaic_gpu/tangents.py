@@ -5,6 +5,7 @@ only. So it is of the gradient through a normalisation.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +37,10 @@ def tangents(
     mask: Bool[Array, "B T"] | None,
     *,
     factor: float = 1,
-    norms: Float[Array, "B T N"] | None = None,
+    norms: Sequence[Float[Array, "B T N"]] = (),
     heads_first: bool = False,
     call: Call | None = None,
-) -> Float[Array, "B T N columns"]:
+) -> list[Float[Array, "B T N columns"]]:
     """The sum of the parts times a factor, less its component along a direction.
 
     Args:
@@ -48,12 +49,13 @@ def tangents(
       directions: bfloat16 or float16; columns are a multiple of `COLUMNS`. Zeros are none.
       mask: False for tokens whose result is zero, whatever their rows are; or None.
       factor: what the sum is multiplied by.
-      norms: float32 to divide by, perhaps. The result is zero where they are about zero.
+      norms: float32; there is a result for each, divided by it, zero where it is about zero or
+        infinite. Without any there is one result, not divided.
       heads_first: the order of the axes of `parts`.
       call: what runs the program; the GPU by default.
 
     Returns:
-      In the dtype of `directions`.
+      Results, in the dtype of `directions`.
     """
     if call is None:
         from yoso_jax.kernels.mosaic_gpu.lane_mosaic import call  # loads JAX's GPU dialects
@@ -106,29 +108,27 @@ def tangents(
         zero, one = lane.f32(0), lane.f32(1)
         counts = pair[1] > _TINY
         share = lane.select(counts, pair[0] / lane.select(counts, pair[1], one), zero)
-        scale = lane.f32(factor)
-        rest = list(inputs[2:])
-        if norms is not None:
-            norm = lane.bitcast_f32(rest.pop(0).at(row, 4).load()[0])
-            counts = norm > math.sqrt(_TINY)
-            scale = lane.select(counts, scale / lane.select(counts, norm, one), zero)
-        results = [(a - share * b) * scale for a, b in zip(sums, along, strict=True)]
+        rest = [a - share * b for a, b in zip(sums, along, strict=True)]
         if mask is not None:
-            (takes_part,) = rest.pop(0).at(token, 4).load()
-            results = [lane.select(takes_part != 0, x, zero) for x in results]
+            (takes_part,) = inputs[-1].at(token, 4).load()
+            rest = [lane.select(takes_part != 0, x, zero) for x in rest]
+        scales = [lane.f32(factor)] * len(outputs)
+        for i, pointer in enumerate(inputs[2 : 2 + len(norms)]):
+            norm = lane.bitcast_f32(pointer.at(row, 4).load()[0])
+            counts = norm > math.sqrt(_TINY)
+            scales[i] = lane.select(counts, scales[i] / lane.select(counts, norm, one), zero)
         with lane.when((here < block_rows) & (number < num_rows)):
-            target = outputs[0].at(row, 2 * columns).at(piece, 2 * COLUMNS)
-            target.store(lane.pack(results, dtype))
+            for output, scale in zip(outputs, scales, strict=True):
+                target = output.at(row, 2 * columns).at(piece, 2 * COLUMNS)
+                target.store(lane.pack([x * scale for x in rest], dtype))
 
     program = Program(
         "tangents",
         tangent,
-        outputs=(jax.ShapeDtypeStruct(directions.shape, dtype),),
+        outputs=(jax.ShapeDtypeStruct(directions.shape, dtype),) * max(1, len(norms)),
         num_blocks=-(-num_rows // block_rows),
         num_warpgroups=_WARPGROUPS,
         shared_bytes=8 * _THREADS,
     )
-    others = [] if norms is None else [norms]
-    if mask is not None:
-        others.append(mask.astype(jnp.int32))
-    return jnp.asarray(call(program, parts, directions, *others)[0])
+    masks = () if mask is None else (mask.astype(jnp.int32),)
+    return [jnp.asarray(x) for x in call(program, parts, directions, *norms, *masks)]
