@@ -111,19 +111,20 @@ def yoso_attention(
     )
     if num_hashes is None:
         options = _Options(hash_code_len, None, normalize, names)
-        attend, operands = functools.partial(_expectation, options), (query, key, value)
+        attend = functools.partial(_expectation, options)
+        out = map_batch(attend, batch_axes, query, key, value, query_mask, key_mask)
     else:
         if rng is None:
             raise ValueError("rng is required unless num_hashes is None: pass a jax.random.key.")
-        projection = sample_projection(
-            rng,
+        draw = _Draw(
             (query.shape[0], query.shape[2]),
             query.shape[-1],
-            num_hashes=num_hashes,
-            hash_code_len=hash_code_len,
-            hash_fn=hash_fn,
-            bit_layout=bit_layout,
-        ).astype(query.dtype)
+            num_hashes,
+            hash_code_len,
+            hash_fn,
+            bit_layout,
+            query.dtype.name,
+        )
         chosen = plan(
             backward,
             num_backward_hashes,
@@ -134,9 +135,8 @@ def yoso_attention(
             is_biased=hash_fn == "fast" and bit_layout == "block",
             platform=hopper.default_device().platform,
         )
-        options = _Options(hash_code_len, chosen, normalize, names)
-        attend, operands = functools.partial(_sampled, options), (query, key, value, projection)
-    out = map_batch(attend, batch_axes, *operands, query_mask, key_mask)
+        options = _Options(hash_code_len, chosen, normalize, names, draw, tuple(batch_axes))
+        out = _sampled(options, rng, query, key, value, query_mask, key_mask)
     return out.astype(query.dtype)
 
 
@@ -211,8 +211,32 @@ def sampled_attention(
     )
     options = _Options(hash_code_len, chosen, normalize, names)
     projection = projection.astype(query.dtype)
-    out = _sampled(options, query, key, value, projection, query_mask, key_mask)
+    out = _sampled(options, projection, query, key, value, query_mask, key_mask)
     return out.astype(query.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Draw:
+    """How a key becomes a projection."""
+
+    batch_shape: tuple[int, int]
+    head_dim: int
+    num_hashes: int
+    hash_code_len: int
+    hash_fn: HashFn
+    bit_layout: BitLayout
+    dtype: str
+
+    def __call__(self, rng: Array) -> Float[Array, "B N H columns"]:
+        return sample_projection(
+            rng,
+            self.batch_shape,
+            self.head_dim,
+            num_hashes=self.num_hashes,
+            hash_code_len=self.hash_code_len,
+            hash_fn=self.hash_fn,
+            bit_layout=self.bit_layout,
+        ).astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +245,8 @@ class _Options:
     backward: BackwardPlan | None
     normalize: bool
     implementations: tuple[str, ...]
+    draw: _Draw | None = None
+    batch_axes: tuple[str, ...] = ()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -265,48 +291,57 @@ _expectation.defvjp(_expectation_fwd, _expectation_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sampled(options: _Options, *args: Any) -> Array:
-    """`B v` of query, key, value, projection and masks, its rows normalised if so chosen.
+def _sampled(options: _Options, source: Array, *args: Any) -> Array:
+    """`B v` of query, key, value and their masks, its rows normalised if so chosen.
 
-    Dtypes are those of `_expectation`.
+    `source` is a projection, or with `options.draw` the key that it is drawn with, once for each
+    pass: a key is all there is to keep in between. It is drawn for the whole batch, whatever
+    devices that is on. Dtypes are those of `_expectation`.
     """
-    return _sample(options, *args)[0]
+    return _sample(options, source, *args)[0]
 
 
-def _sample(options: _Options, *args: Any) -> tuple[Array, Array | None, Any]:
-    return dispatch.call(
+def _sample(options: _Options, source: Array, *args: Any) -> tuple[Array, Array | None, Any]:
+    sample = functools.partial(
+        dispatch.call,
         "sampled",
         options.implementations,
-        *args,
         hash_code_len=options.hash_code_len,
         normalize=options.normalize,
         # For the time of short sequences; the memory of long ones, whose gradients are of hashes.
         keep_codes=options.backward is not None and options.backward.kind == "expectation",
     )
+    projection = source if options.draw is None else options.draw(source)
+    query, key, value, *masks = args
+    return map_batch(sample, options.batch_axes, query, key, value, projection, *masks)
 
 
-def _sampled_fwd(options: _Options, *args: Any) -> tuple:
-    out, norm, codes = _run_once(_sample(options, *args))
-    query, key, value, _, *masks = args
-    return out, (out if options.normalize else None, norm, codes, query, key, value, *masks)
+def _sampled_fwd(options: _Options, source: Array, *args: Any) -> tuple:
+    out, norm, codes = _run_once(_sample(options, source, *args))
+    return out, (source, *args, codes, out if options.normalize else None, norm)
 
 
 def _sampled_bwd(options: _Options, residuals: tuple, grad_out: Array) -> tuple:
-    unit, norm, *args = residuals
+    source, query, key, value, *others = residuals
     assert options.backward is not None
-    grads = dispatch.call(
+    backward = functools.partial(
+        dispatch.call,
         "sampled_backward",
         options.implementations,
-        *args,
-        grad_out,
-        unit,
-        norm,
         hash_code_len=options.hash_code_len,
         backward=options.backward.kind,
         num_backward_hashes=options.backward.num_hashes,
         bucket_bits=options.backward.bucket_bits,
     )
-    return *grads, None, None, None
+    if options.draw is None:
+        projection = source
+    else:
+        # Or else XLA would find that the forward pass drew the same, and keep it.
+        source, grad_out = lax.optimization_barrier((source, grad_out))
+        projection = options.draw(source)
+    args = query, key, value, projection, *others, grad_out
+    grads = map_batch(backward, options.batch_axes, *args)
+    return None, *grads, None, None
 
 
 _sampled.defvjp(_sampled_fwd, _sampled_bwd)

@@ -7,10 +7,10 @@ the rows of each device, as long as what is random was drawn for all rows before
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Shaped
 
 BATCH_AXES = ("data", "fsdp")
 """The axes of a mesh that models divide batches over."""
@@ -36,17 +36,16 @@ def ambient_batch_axes(batch: int) -> tuple[str, ...]:
     return axes if devices > 1 and batch % devices == 0 else ()
 
 
-def map_batch(
-    function: Callable[..., Shaped[Array, "B ..."]],
-    axes: Sequence[str],
-    *operands: Shaped[Array, "B ..."] | None,
-) -> Shaped[Array, "B ..."]:
+def map_batch[Results](
+    function: Callable[..., Results], axes: Sequence[str], *operands: Any
+) -> Results:
     """`function(*operands)`, computed on the rows of each device apart.
 
     Args:
-        function: its result's rows depend on the same rows of the operands only.
+        function: of pytrees of arrays; rows of its results depend on the same rows of the operands
+            only.
         axes: of the ambient mesh, of type Auto; without any, the function is only called.
-        operands: arrays with one row an element of the batch; None stays None.
+        operands: each with a number of rows for each element of the batch, the first with one.
 
     Raises:
         ValueError: the ambient mesh has no such axes, or they do not divide the batch.
@@ -54,7 +53,7 @@ def map_batch(
     if not axes:
         return function(*operands)
     mesh = jax.sharding.get_abstract_mesh()
-    batch = next(operand.shape[0] for operand in operands if operand is not None)
+    batch = jax.tree.leaves(operands)[0].shape[0]
     if not set(axes) <= _auto_axes(mesh) or batch % math.prod(mesh.shape[name] for name in axes):
         raise ValueError(
             f"batch_axes must name axes of type Auto of the ambient mesh (see jax.set_mesh) that "

@@ -108,19 +108,15 @@ def mask_tokens(
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["query", "key", "projection"],
+    data_fields=["query", "key"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """What `sampled` keeps for its backward pass: codes as they are, int32 `[B, N, tokens, m]`.
-
-    `projection` is theirs; None where only the codes matter.
-    """
+    """What `sampled` keeps for its backward pass: codes as they are, int32 `[B, N, tokens, m]`."""
 
     query: Array
     key: Array
-    projection: Array | None = None
 
 
 def sampled(
@@ -165,19 +161,20 @@ def _hash(
         hash_codes(heads_first(x, mask), widen(projection), hash_code_len=hash_code_len)
         for x, mask in ((query, query_mask), (key, key_mask))
     )
-    return Codes(query_codes, key_codes, projection)
+    return Codes(query_codes, key_codes)
 
 
 def sampled_backward(
-    codes: object,
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S N H"],
     value: Float[Array, "B S N D"],
+    projection: Float[Array, "B N H columns"],
     query_mask: Bool[Array, "B T"] | None,
     key_mask: Bool[Array, "B S"] | None,
-    grad_out: Float[Array, "B T N D"],
+    codes: object,
     unit: Float[Array, "B T N D"] | None,
     norm: Float[Array, "B T N"] | None,
+    grad_out: Float[Array, "B T N D"],
     *,
     hash_code_len: int,
     backward: str,
@@ -195,7 +192,8 @@ def sampled_backward(
     rows, shift = grad_out, None
     if unit is not None and norm is not None:
         if backward != "sampled":
-            rows, shift = _rows_and_shift(codes, *args, grad_out, unit, norm, hash_code_len)
+            tangents = grad_out, unit, norm
+            rows, shift = _rows_and_shift(projection, *args, *tangents, hash_code_len)
         grad_out = l2_normalize_gradient(unit, norm, grad_out)
     if backward == "sampled":
         return surrogate_gradients(codes, *args, grad_out, hash_code_len=hash_code_len)
@@ -218,7 +216,7 @@ def sampled_backward(
 
 
 def _rows_and_shift(
-    codes: Codes,
+    projection: Array,
     query: Array,
     key: Array,
     value: Array,
@@ -230,12 +228,10 @@ def _rows_and_shift(
     hash_code_len: int,
 ) -> tuple[Array, Array]:
     """Of `expected_gradients`, where rows were normalised."""
-    if codes.projection is None:
-        raise ValueError("codes of normalised rows need their projection.")
-    options = dict(num_hashes=codes.key.shape[-1])
+    options = dict(num_hashes=projection.shape[-1] // hash_code_len)
     scale = effects.collision_scales(unit, norm, value, key_mask, **options)
     rows = l2_normalize_gradient(unit, 1 / scale, grad_unit)
-    projection = effects.other_projection(codes.projection, hash_code_len)
+    projection = effects.other_projection(projection, hash_code_len)
     other = _hash(query, key, projection, query_mask, key_mask, hash_code_len=hash_code_len)
     ones = jnp.ones((*value.shape[:-1], 1), value.dtype)
     counted = heads_first(jnp.concatenate([value, ones], axis=-1), key_mask)

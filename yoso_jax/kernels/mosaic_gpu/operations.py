@@ -22,22 +22,24 @@ from yoso_jax.kernels.mosaic_gpu.varying import vary_like
 _COUNT_COLUMNS = 2
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["projection", "kept"],
-    meta_fields=["hash_code_len"],
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
-class Hashes:
-    """What `sampled` keeps for its backward pass.
+class Kept:
+    """What `sampled` keeps for its backward pass: arranged codes of queries and of keys, or None.
 
     Codes take two bytes a token and hash, and a hundredth of a training step of a model to compute
-    again. `kept` are those of queries and of keys, or None.
+    again.
     """
+
+    codes: tuple[Array, Array] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Hashes:
+    """What the signs of a projection say."""
 
     projection: Array
     hash_code_len: int
-    kept: tuple[Array, Array] | None = None
 
     @property
     def number(self) -> int:
@@ -68,7 +70,7 @@ def sampled(
     hash_code_len: int,
     normalize: bool,
     keep_codes: bool,
-) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"] | None, Hashes]:
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"] | None, Kept]:
     """As `xla.sampled`, with the rows in the dtype of `value`; norms are float32.
 
     Raises:
@@ -78,8 +80,6 @@ def sampled(
     _check(value, hashes.number, hash_code_len)
     _check_size("the last dimension of query", query.shape[-1], hashing.MAX_HEAD_DIM)
     codes = hashes.codes(hopper.only(query), filler=0), hashes.codes(hopper.only(key), filler=1)
-    if keep_codes:
-        hashes = dataclasses.replace(hashes, kept=codes)
     out = _cumulate(
         *codes,
         value,
@@ -90,19 +90,20 @@ def sampled(
         normalize=normalize,
     )
     out, norm = out if normalize else (out, None)
-    return out, norm, hashes
+    return out, norm, Kept(codes if keep_codes else None)
 
 
 def sampled_backward(
-    hashes: object,
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S N H"],
     value: Float[Array, "B S N D"],
+    projection: Float[Array, "B N H columns"],
     query_mask: Bool[Array, "B T"] | None,
     key_mask: Bool[Array, "B S"] | None,
-    grad_out: Float[Array, "B T N D"],
+    kept: object,
     unit: Float[Array, "B T N D"] | None,
     norm: Float[Array, "B T N"] | None,
+    grad_out: Float[Array, "B T N D"],
     *,
     hash_code_len: int,
     backward: str,
@@ -114,10 +115,11 @@ def sampled_backward(
     The others are by `xla` if they are of all hashes, in float32, or of shapes without a kernel.
 
     Raises:
-      NotImplementedError: the hashes are those of another implementation.
+      NotImplementedError: the forward pass was that of another implementation.
     """
-    if not isinstance(hashes, Hashes):
-        raise NotImplementedError(f"mosaic_gpu made no hashes of type {type(hashes).__name__}.")
+    if not isinstance(kept, Kept):
+        raise NotImplementedError(f"mosaic_gpu kept no {type(kept).__name__}.")
+    hashes = Hashes(projection, hash_code_len)
     args = query, key, value, query_mask, key_mask
     rows, shift = grad_out, None
     if unit is not None and norm is not None:
@@ -128,7 +130,7 @@ def sampled_backward(
             scale = effects.collision_scales(unit, norm, value, key_mask, **options)
             grad_out, rows = _before_normalizing(grad_out, unit, norm, 1 / scale)
             shift = _shift(hashes, *args, rows)
-    codes = hashes.kept or (hashes.codes(query, filler=0), hashes.codes(key, filler=1))
+    codes = kept.codes or (hashes.codes(query, filler=0), hashes.codes(key, filler=1))
     query_codes, key_codes = codes
     grad_value = _cumulate(
         key_codes,
