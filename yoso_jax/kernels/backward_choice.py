@@ -14,8 +14,8 @@ BACKWARDS = ("sampled", "expectation", "bucketed")
 # larger buckets are less noisy, have less to sort and to sum up, and their tiles are fuller.
 _BUCKET_TOKENS = 256
 # With 4, associative recall of 1,024 tokens and a masked language model of 4,096 trained as with
-# the expectation, by the gradients before those of today (docs/gradients.md); with 2, attention
-# takes two thirds of the time, and they not always did so.
+# the expectation, by the gradients before those of today (docs/gradients.md). With 3 of today's
+# recall does, and the language model is behind.
 _HASHES = 4
 
 
@@ -46,7 +46,8 @@ CROSSOVERS = {
         "H200, jax 0.11.2, bfloat16, H = 64, normalised rows, forward and backward pass by "
         "mosaic_gpu: the expectation's time is 1.3 times the buckets' at 4,096, 3.7 at 16,384, and "
         "1.8 and 5.2 times that of 2 hashes (benchmarks/results/expectation_backward.json, "
-        "bucketed_4_hashes.json, bucketed.json), both without the hashes of the balance",
+        "bucketed_4_hashes.json, bucketed.json), without the hashes of the balance; 1.46 and 3.9 "
+        "times that of 3 hashes with them (bucketed_3_hashes.json)",
     ),
     # Not measured: to be replaced when it is.
     "tpu": Crossover(8192, "a cautious guess"),

@@ -187,7 +187,10 @@ def _shift(
         _cumulate(*codes, x, query_mask, key_mask, num_hashes=other.number, hash_code_len=code_len)
         for x in (value, jnp.ones((*value.shape[:-1], _COUNT_COLUMNS), value.dtype))
     )
-    return effects.balance(rows, value, key_mask, sums, counts[..., 0], num_others=other.number)
+    options = dict(num_others=other.number)
+    shift = effects.balance(rows, value, key_mask, sums, counts[..., 0], **options)
+    # XLA would transpose the rows it sums up, in place of the sums: 160 us, not 40.
+    return jax.lax.optimization_barrier(shift)
 
 
 def expectation(
