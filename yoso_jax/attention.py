@@ -10,10 +10,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from yoso_jax.attention_inputs import (
+    check_arrays,
+    check_backward,
+    check_choices,
+    check_mask,
+    make_masks,
+)
 from yoso_jax.batch_sharding import map_batch
 from yoso_jax.hashing import HashFn, sample_projection
 from yoso_jax.kernels import dispatch
-from yoso_jax.kernels.backward_choice import BACKWARDS, Backward, BackwardPlan, plan
+from yoso_jax.kernels.backward_choice import Backward, BackwardPlan, plan
 from yoso_jax.kernels.checks import check_integer
 from yoso_jax.kernels.codes import BitLayout
 from yoso_jax.kernels.dispatch import Implementation
@@ -102,11 +109,11 @@ def yoso_attention(
         so that it can be lowered for a GPU elsewhere.
     """
     query, key, value = map(jnp.asarray, (query, key, value))
-    _check_arrays(query, key, value)
+    check_arrays(query, key, value)
     names = dispatch.resolve(implementation)
-    _check_choices(num_hashes, hash_code_len, hash_fn, bit_layout)
-    _check_backward(backward, num_backward_hashes, bucket_bits, num_hashes, hash_code_len)
-    query_mask, key_mask = _masks(
+    check_choices(num_hashes, hash_code_len, hash_fn, bit_layout)
+    check_backward(backward, num_backward_hashes, bucket_bits, num_hashes, hash_code_len)
+    query_mask, key_mask = make_masks(
         query, key, mask, query_mask, query_seq_lengths, key_value_seq_lengths
     )
     if num_hashes is None:
@@ -180,7 +187,7 @@ def sampled_attention(
       ValueError, TypeError, NotImplementedError: as `yoso_attention`.
     """
     query, key, value, projection = map(jnp.asarray, (query, key, value, projection))
-    _check_arrays(query, key, value)
+    check_arrays(query, key, value)
     names = dispatch.resolve(implementation)
     check_integer("hash_code_len", hash_code_len, 1, 16)
     batch, _, heads, head_dim = query.shape
@@ -196,9 +203,9 @@ def sampled_attention(
             f"num_hashes * {hash_code_len}], got {projection.dtype} of shape {projection.shape}."
         )
     num_hashes = columns // hash_code_len
-    _check_backward(backward, num_backward_hashes, bucket_bits, num_hashes, hash_code_len)
-    query_mask = _check_mask("query_mask", query_mask, query)
-    key_mask = _check_mask("key_mask", key_mask, key)
+    check_backward(backward, num_backward_hashes, bucket_bits, num_hashes, hash_code_len)
+    query_mask = check_mask("query_mask", query_mask, query)
+    key_mask = check_mask("key_mask", key_mask, key)
     chosen = plan(
         backward,
         num_backward_hashes,
@@ -355,109 +362,3 @@ def _run_once[Results](results: Results) -> Results:
     (`yoso_jax.compiling` says how to turn that off). It does not find kernels behind a barrier.
     """
     return lax.optimization_barrier(results)
-
-
-def _check_arrays(query: Array, key: Array, value: Array) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} must have 4 dimensions [B, T, N, H], got shape {x.shape}.")
-        if not jnp.issubdtype(x.dtype, jnp.floating) or jnp.finfo(x.dtype).bits < 16:
-            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}.")
-        if x.dtype != query.dtype:
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {x.dtype}.")
-        if 0 in x.shape:
-            raise ValueError(f"{name} must not be empty, got shape {x.shape}.")
-    batch, _, heads, head_dim = query.shape
-    if (key.shape[0], *key.shape[2:]) != (batch, heads, head_dim):
-        raise ValueError(
-            f"key must have shape [B={batch}, S, N={heads}, H={head_dim}] to fit query "
-            f"{query.shape}, got {key.shape}."
-        )
-    if value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"value must have shape [B, S, N, D] with the B, S, N of key {key.shape}, "
-            f"got {value.shape}."
-        )
-
-
-def _check_choices(
-    num_hashes: int | None,
-    hash_code_len: int,
-    hash_fn: HashFn,
-    bit_layout: BitLayout,
-) -> None:
-    if num_hashes is not None:
-        check_integer("num_hashes, unless it is None,", num_hashes, 1)
-    check_integer("hash_code_len", hash_code_len, 1, 16)
-    _check_choice("hash_fn", hash_fn, ("gaussian", "fast"))
-    _check_choice("bit_layout", bit_layout, ("spread", "block"))
-
-
-def _check_backward(
-    backward: Backward | None,
-    num_backward_hashes: int | None,
-    bucket_bits: int | None,
-    num_hashes: int | None,
-    hash_code_len: int,
-) -> None:
-    _check_choice("backward", backward, (*BACKWARDS, None))
-    if num_backward_hashes is not None:
-        name = "num_backward_hashes, unless it is None,"
-        check_integer(name, num_backward_hashes, 1, num_hashes)
-    if bucket_bits is not None:
-        check_integer("bucket_bits, unless it is None,", bucket_bits, 0, hash_code_len)
-
-
-def _check_choice(name: str, choice: str | None, accepted: tuple[str | None, ...]) -> None:
-    if choice not in accepted:
-        *first, last = map(repr, accepted)
-        raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {choice!r}.")
-
-
-def _check_mask(name: str, mask: Array | None, x: Array) -> Array | None:
-    """A mask of the tokens of `x`."""
-    if mask is None:
-        return None
-    mask = jnp.asarray(mask)
-    if mask.dtype != bool:
-        raise TypeError(f"{name} must be bool (True: attend), got {mask.dtype}.")
-    if mask.shape != x.shape[:2]:
-        raise ValueError(f"{name} must have shape {x.shape[:2]}, got {mask.shape}.")
-    return mask
-
-
-def _masks(
-    query: Array,
-    key: Array,
-    mask: Array | None,
-    query_mask: Array | None,
-    query_seq_lengths: Array | None,
-    key_value_seq_lengths: Array | None,
-) -> tuple[Array | None, Array | None]:
-    """Masks of the queries and of the keys, None where all take part."""
-    batch, num_queries, num_keys = query.shape[0], query.shape[1], key.shape[1]
-    if mask is not None and jnp.ndim(mask) != 2:
-        raise ValueError(
-            f"mask must be [B, S] = {(batch, num_keys)}, True for keys to attend to, got shape "
-            f"{jnp.shape(mask)}. Masks of single pairs [B, N, T, S] cannot be used: keys are "
-            f"summed in buckets that all queries share."
-        )
-    if mask is not None and query_mask is None and num_queries == num_keys:
-        query_mask = mask
-    masks = []
-    for mask_name, given, name, lengths, x in (
-        ("query_mask", query_mask, "query_seq_lengths", query_seq_lengths, query),
-        ("mask", mask, "key_value_seq_lengths", key_value_seq_lengths, key),
-    ):
-        given = _check_mask(mask_name, given, x)
-        if lengths is not None:
-            lengths = jnp.asarray(lengths)
-            if not jnp.issubdtype(lengths.dtype, jnp.integer) or lengths.shape != (batch,):
-                raise ValueError(
-                    f"{name} must be integers of shape {(batch,)}, got {lengths.dtype} of shape "
-                    f"{lengths.shape}."
-                )
-            within = jnp.arange(x.shape[1]) < lengths[:, None]
-            given = within if given is None else given & within
-        masks.append(given)
-    return masks[0], masks[1]
