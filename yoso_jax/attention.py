@@ -217,7 +217,7 @@ def sampled_attention(
         platform=hopper.default_device().platform,
     )
     options = _Options(hash_code_len, chosen, normalize, names)
-    projection = projection.astype(query.dtype)
+    projection = _round(projection, query.dtype)
     out = _sampled(options, projection, query, key, value, query_mask, key_mask)
     return out.astype(query.dtype)
 
@@ -235,7 +235,7 @@ class _Draw:
     dtype: str
 
     def __call__(self, rng: Array) -> Float[Array, "B N H columns"]:
-        return sample_projection(
+        projection = sample_projection(
             rng,
             self.batch_shape,
             self.head_dim,
@@ -243,7 +243,16 @@ class _Draw:
             hash_code_len=self.hash_code_len,
             hash_fn=self.hash_fn,
             bit_layout=self.bit_layout,
-        ).astype(self.dtype)
+        )
+        return _round(projection, jnp.dtype(self.dtype))
+
+
+def _round(projection: Array, dtype: jnp.dtype) -> Array:
+    """In another dtype, to its precision: XLA would leave a conversion out that is undone later."""
+    finfo = jnp.finfo(dtype)
+    if finfo.nmant < jnp.finfo(projection.dtype).nmant:
+        projection = lax.reduce_precision(projection, finfo.nexp, finfo.nmant)
+    return projection.astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
