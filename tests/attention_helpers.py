@@ -6,9 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from yoso_jax.kernels import reference
-from yoso_jax.kernels.codes import hash_codes
-from yoso_jax.kernels.effects import other_projection
 from yoso_jax.kernels.xla import l2_normalize
 
 
@@ -25,14 +22,14 @@ def draw_codes(*shapes, num_codes):
 
 
 def unit_rows(
-    weights, slope, cosine, value, *, hash_code_len, num_hashes=None, key_mask=None, others=None
+    weights, slope, cosine, value, *, hash_code_len, num_hashes=None, key_mask=None, near=None
 ):
     """Normalised rows of `weights value`, whose derivative by the cosines is that of YOSO.
 
     `t/2 slope` is that of the weights. Where the slope is not that of `num_hashes` hashes
     themselves, but of what they are in expectation, a row moves by what one collision more in one
-    of them would do, less half of what the mean value would that it collides with in up to eight
-    other hashes, whose weights are `others`.
+    of them would do, less the balance: half, and in as much as the row is noise all, of what the
+    mean value would that it collides with, by the weights `near`, or else by those of the slope.
     """
     weights, slope = jax.lax.stop_gradient((weights, slope))
     total = functools.partial(jnp.einsum, "bnts,bnsd->bntd", precision="highest")
@@ -53,16 +50,11 @@ def unit_rows(
     added = norm * jnp.sum(unit * mean, axis=-1, keepdims=True) / num_hashes
     squared = jnp.maximum(norm**2 + 2 * added + square, jnp.maximum(norm**2, square) / 2)
     share = jnp.clip((added + square) / squared, 0, 1)
-    number = min(num_hashes, 8)
-    met = number * total(others, fixed) + 8 * mean
-    met = met / (number * jnp.sum(others, axis=-1, keepdims=True) + 8)
-    moved = total(change, fixed) - jnp.sum(change, axis=-1, keepdims=True) * met / 2
+    near = jax.lax.stop_gradient(slope if near is None else near)
+    total_near = jnp.sum(near, axis=-1, keepdims=True)
+    met = total(near, fixed) / jnp.where(total_near > 0, total_near, 1)
+    noise = total_near * square * num_hashes / jnp.where(norm > 0, norm, 1) ** 2
+    part = (1 + jnp.clip(noise, 0, 1)) / 2
+    moved = total(change, fixed) - jnp.sum(change, axis=-1, keepdims=True) * part * met
     turn = moved - jnp.sum(moved * unit, axis=-1, keepdims=True) * unit
     return l2_normalize(rows) + jnp.where(norm > 0, (1 - share) / jnp.sqrt(squared), 0) * turn
-
-
-def other_weights(query, key, projection, *, hash_code_len):
-    """Fractions of the other hashes that belong to a projection in which pairs collide."""
-    projection = other_projection(projection, hash_code_len)
-    codes = (hash_codes(x, projection, hash_code_len=hash_code_len) for x in (query, key))
-    return reference.collision_weights(*codes)

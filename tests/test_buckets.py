@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_helpers import normal, other_weights, unit_rows
+from attention_helpers import normal, unit_rows
 from jax import export
 from run_helpers import fast_compilations
 
@@ -53,10 +53,12 @@ def draw(heads, num_queries, num_keys, head_dim=8, value_dim=5, num_hashes=3, sp
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def bucketed(hash_code_len, bucket_bits, *args):
-    return buckets.bucketed_gradients(*args, hash_code_len=hash_code_len, bucket_bits=bucket_bits)
+    options = dict(hash_code_len=hash_code_len, bucket_bits=bucket_bits)
+    return *buckets.bucketed_gradients(*args, **options), *buckets.bucket_means(*args, **options)
 
 
 def gradients(args, masks=(None, None), *, bucket_bits):
+    """And means and counts."""
     return bucketed(T, bucket_bits, *map(jnp.asarray, args), *masks)
 
 
@@ -66,7 +68,11 @@ def naive(args, masks=(None, None), *, bucket_bits):
     for mask, expand in zip(masks, (np.s_[..., None], np.s_[..., None, :]), strict=True):
         if mask is not None:
             weights = jnp.where(mask[expand], weights, 0)
-    return reference.surrogate_gradients(weights, *args[2:], hash_code_len=T)[:2]
+    gradients = reference.surrogate_gradients(weights, *args[2:], hash_code_len=T)[:2]
+    products = jnp.einsum("ntd,nsd->nts", args[5], args[4], precision="highest")
+    count = weights.sum(-1)
+    total = jnp.where(weights > 0, weights * products, 0).sum(-1)
+    return *gradients, total / jnp.where(count > 0, count, 1), count
 
 
 def assert_equal(results, expected, tolerance=1e-12):
@@ -96,9 +102,9 @@ def test_more_pairs_than_a_chunk_and_larger_tiles(float64, monkeypatch):
     monkeypatch.setattr(buckets, "_CHUNK_CPU", 7)
     monkeypatch.setattr(buckets, "_MOST_PAIRS", 40)
     assert buckets._tile_size(2, 300, 290, 4)[0] == 128
-    results = jax.jit(
-        functools.partial(buckets.bucketed_gradients, hash_code_len=T, bucket_bits=2)
-    )(*map(jnp.asarray, args), None, None)
+    bucketed.clear_cache()
+    results = gradients(args, bucket_bits=2)
+    bucketed.clear_cache()
     assert_equal(results, naive(args, bucket_bits=2))
 
 
@@ -138,7 +144,7 @@ def test_no_bits_is_the_expectation(float64):
     expected = collisions.expectation_gradients(
         *map(jnp.asarray, args[2:]), hash_code_len=T, with_value=False
     )
-    assert_equal(gradients(args, bucket_bits=0), expected[:2])
+    assert_equal(gradients(args, bucket_bits=0)[:2], expected[:2])
 
 
 def test_all_bits_is_the_weighted_cumulation(float64):
@@ -149,7 +155,7 @@ def test_all_bits_is_the_weighted_cumulation(float64):
         T / 2 * weighted(key_codes, query_codes, value, grad_out, query),
     )
     args = query_codes, key_codes, query, key, value, grad_out
-    assert_equal(gradients(args, bucket_bits=T), expected)
+    assert_equal(gradients(args, bucket_bits=T)[:2], expected)
 
 
 def test_masked_tokens_do_not_matter(float64):
@@ -165,16 +171,20 @@ def test_masked_tokens_do_not_matter(float64):
     args[2:] = [np.where(m[..., None], x, np.nan) for x, m in zip(args[2:], sides[2:], strict=True)]
     results = gradients(args, masks, bucket_bits=2)
     assert_equal(results, expected)
-    for result, mask in zip(results, masks, strict=True):
+    for result, mask in zip(results, (*masks, query_mask, query_mask), strict=True):
         assert not np.any(np.asarray(result)[~mask])
 
 
 @pytest.mark.parametrize("hash_fn", ["gaussian", "fast"])
 def test_is_unbiased(hash_fn):
-    """The mean over hashes comes as close to the expectation as its spread says, entry by entry."""
+    """The mean over hashes comes as close to the expectation as its spread says, entry by entry.
+
+    Gradients and counts; means are ratios.
+    """
     draws, code_len, bits = 600, 7, 3
     args = [jnp.asarray(x, jnp.float32) for x in draw(1, 24, 20, head_dim=16, spread=0.7)[2:]]
     exact = collisions.expectation_gradients(*args, hash_code_len=code_len, with_value=False)[:2]
+    exact += (reference.expectation_weights(*args[:2], hash_code_len=code_len).sum(-1),)
 
     def draw_codes(rng):
         projection = sample_projection(
@@ -184,14 +194,17 @@ def test_is_unbiased(hash_fn):
 
     codes = jax.jit(jax.vmap(draw_codes))(jax.random.split(RNG, draws))
     args = [jnp.broadcast_to(x, (draws, *x.shape)) for x in args]
-    samples = bucketed(code_len, bits, *codes, *args, None, None)
+    *grads, _, counts = bucketed(code_len, bits, *codes, *args, None, None)
+    samples = *grads, counts
+    scores = []
     for sample, wanted in zip(samples, exact, strict=True):
         sample = np.asarray(sample, np.float64)
-        z = (sample.mean(0) - wanted) / (sample.std(0) / np.sqrt(draws))
-        assert np.abs(z).max() < 5  # of about 400 entries
-        assert 0.8 < np.sqrt(np.mean(z**2)) < 1.2
+        scores.append((sample.mean(0) - wanted) / (sample.std(0) / np.sqrt(draws)))
         # The test would notice: 5 % of bias is far more than the noise of the mean.
         assert np.linalg.norm(sample.mean(0) - wanted) < 0.05 * np.linalg.norm(wanted)
+    z = np.concatenate([np.ravel(x) for x in scores])
+    assert np.abs(z).max() < 5  # of about 700 entries
+    assert 0.8 < np.sqrt(np.mean(z**2)) < 1.2
 
 
 # The public operation.
@@ -241,16 +254,18 @@ def test_gradients_are_those_of_the_definition():
         projection = sample_projection(RNG, (2, 2), 8, num_hashes=5, hash_code_len=4)
         codes = [hash_codes(x, projection, hash_code_len=4) for x in (query, key)]
         query, key = l2_normalize(query), l2_normalize(key)
-        slope = reference.bucketed_weights(
-            *(x[..., :3] for x in codes), query, key, hash_code_len=4, bucket_bits=2
+        slope, near = (
+            reference.bucketed_weights(
+                *(x[..., :number] for x in codes), query, key, hash_code_len=4, bucket_bits=2
+            )
+            for number in (3, 2)
         )
         cosine = jnp.einsum("bnth,bnsh->bnts", query, key)
         is_pair = mask[:, None, None] & query_mask[:, None, :, None]
         weights = jnp.where(is_pair, reference.collision_weights(*codes), 0)
         slope = jnp.where(is_pair, slope, 0)
-        others = other_weights(query, key, projection, hash_code_len=4)
         options = dict(hash_code_len=4, num_hashes=5, key_mask=mask)
-        options |= dict(others=jnp.where(is_pair, others, 0))
+        options |= dict(near=jnp.where(is_pair, near, 0))
         return jnp.sum(unit_rows(weights, slope, cosine, value, **options) * jnp.arange(3.0))
 
     expected = jax.jit(jax.value_and_grad(definition, argnums=(0, 1, 2)))(*args)
@@ -269,8 +284,12 @@ def test_all_bits_of_all_hashes_are_the_sampled_gradients():
 @pytest.mark.parametrize(
     ("tokens", "options", "same"),
     [
-        (70, dict(bucket_bits=0), dict(backward="expectation")),
-        (70, dict(backward=None, bucket_bits=None), dict(backward="expectation")),
+        (70, dict(bucket_bits=0), dict(backward="expectation", bucket_bits=0)),
+        (
+            70,
+            dict(backward=None, bucket_bits=None),
+            dict(backward="expectation", bucket_bits=None),
+        ),
         (
             8192,
             dict(backward=None, num_backward_hashes=None, bucket_bits=None),

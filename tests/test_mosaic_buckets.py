@@ -187,6 +187,17 @@ def draw(num_queries, num_keys, head_dim, value_dim, bits, num_hashes, dtype, ba
     return *codes, query, key, value, grad_out, shift
 
 
+def run_kernels(*args, hash_code_len, bucket_bits, dense=None, call=None, interpret=False):
+    """Gradients of queries and keys, and means and counts by half of the hashes."""
+    *args, shift = args
+    options = dict(hash_code_len=hash_code_len, bucket_bits=bucket_bits)
+    found = buckets.find(*args, **options, call=call)
+    options = dict(hash_code_len=hash_code_len, dense=dense, call=call, interpret=interpret)
+    grads = buckets.gradients(found, *args[2:4], shift, **options)
+    num_hashes = -(-found.num_hashes // 2)
+    return *grads, *buckets.means(found, num_hashes=num_hashes, interpret=interpret)
+
+
 @pytest.mark.parametrize(("t", "s", "h", "d", "bits", "bucket_bits", "hashes"), SHAPES)
 @pytest.mark.parametrize("shifted", [False, True])
 def test_kernels_lower_for_cuda(t, s, h, d, bits, bucket_bits, hashes, shifted):
@@ -197,13 +208,13 @@ def test_kernels_lower_for_cuda(t, s, h, d, bits, bucket_bits, hashes, shifted):
     def run(*args):
         assert buckets.is_supported(args[2], args[4], bucket_bits)
         options = dict(hash_code_len=bits, bucket_bits=bucket_bits)
-        return buckets.bucketed_gradients(*args, **options)
+        return run_kernels(*args, **options)
 
     traced = jax.jit(run).trace(*args, *masks, rows, shift if shifted else None)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    # Sorting each side by each digit; buckets, tiles, sums and the last step of each side.
+    # Sorting each side by each digit; buckets, tiles, sums and the last step of each side; means.
     sorts = 2 if bucket_bits > 6 else 1
-    assert text.count("@mosaic_gpu") == 2 * sorts + 8
+    assert text.count("@mosaic_gpu") == 2 * sorts + 9
 
 
 INTERPRETED = {
@@ -228,16 +239,25 @@ def test_interpreted_kernels_agree_with_xla(capsys, monkeypatch, unchecked_shape
         ]
     options = dict(hash_code_len=bits, bucket_bits=bucket_bits)
     args += [*masks, rows, shift if shifted else None]
-    found = buckets.bucketed_gradients(*args, **options, call=lane_numpy.call, interpret=True)
-    assert_agree(found, expected_gradients(args, **options), 6e-3)
+    found = run_kernels(*args, **options, call=lane_numpy.call, interpret=True)
+    assert_agree(found, expected(args, **options), 6e-3)
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
-def expected_gradients(args, **options):
+def expected(args, **options):
+    """What `run_kernels` is to return."""
     wide = jax.tree.map(
         lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, args
     )
-    return jax.jit(functools.partial(xla.bucketed_gradients, **options))(*wide)
+    num_hashes = -(-args[0].shape[-1] // 2)
+
+    @jax.jit
+    def run(query_codes, key_codes, *others):
+        grads = xla.bucketed_gradients(query_codes, key_codes, *others, **options)
+        codes = (x[..., :num_hashes] for x in (query_codes, key_codes))
+        return *grads, *xla.bucket_means(*codes, *others[:-1], **options)
+
+    return run(*wide)
 
 
 def assert_agree(found, expected, tolerance):
@@ -277,14 +297,13 @@ def test_kernels_agree_with_xla(t, s, h, d, bits, bucket_bits, hashes, masked, s
         args[2] = jnp.where(masks[0][..., None, None], args[2], jnp.nan)
         args[3] = jnp.where(masks[1][..., None, None], args[3], jnp.nan)
     options = dict(hash_code_len=bits, bucket_bits=bucket_bits)
-    run = jax.jit(functools.partial(buckets.bucketed_gradients, **options))
+    run = jax.jit(functools.partial(run_kernels, **options))
     args += [*masks, rows, shift if shifted else None]
     found, again = run(*args), run(*args)
-    expected = expected_gradients(args, **options)
     for mine, same in zip(found, again, strict=True):
-        assert mine.dtype == dtype
         np.testing.assert_array_equal(mine, same)
-    assert_agree(found, expected, 6e-3 if dtype == jnp.bfloat16 else 3e-3)
+    assert all(x.dtype == dtype for x in found[:2])
+    assert_agree(found, expected(args, **options), 6e-3 if dtype == jnp.bfloat16 else 3e-3)
 
 
 @pytest.mark.gpu
@@ -292,9 +311,7 @@ def test_uneven_buckets_take_the_dense_gradients():
     """Where all tokens share a bucket, sums over buckets would take longer."""
     *args, rows, shift = draw(1024, 1024, 64, 64, 9, 2, jnp.bfloat16)
     dense = jax.jit(lambda: (args[2] * 0 + 7, args[3] * 0 + 8))()
-    run = functools.partial(
-        buckets.bucketed_gradients, hash_code_len=9, bucket_bits=4, dense=lambda: dense
-    )
+    run = functools.partial(run_kernels, hash_code_len=9, bucket_bits=4, dense=lambda: dense)
     even = jax.jit(run)(*args, None, None, rows, shift)
     assert not (even[0] == 7).all()
     args[:2] = [x * 0 + 5 for x in args[:2]]

@@ -20,7 +20,7 @@ from yoso_jax import kernels, yoso_attention
 from yoso_jax.attention import sampled_attention
 from yoso_jax.hashing import sample_projection
 from yoso_jax.kernels import dispatch, xla
-from yoso_jax.kernels.mosaic_gpu import cumulation, hashing, hopper, layout, operations
+from yoso_jax.kernels.mosaic_gpu import buckets, cumulation, hashing, hopper, layout, operations
 
 RNG = jax.random.key(5)
 backward = pytest.mark.parametrize("backward", ["sampled", "expectation"])
@@ -303,6 +303,9 @@ def in_numpy(monkeypatch, on_any_machine):
             return xla.surrogate_gradients(None, *args[:-1], **options)
         return *xla.expected_gradients(*args, **options), None
 
+    find = functools.partial(buckets.find, call=numpy_call)
+    monkeypatch.setattr(buckets, "find", find)
+    monkeypatch.setattr(buckets, "means", functools.partial(buckets.means, interpret=True))
     monkeypatch.setattr(operations, "gradients", xla_gradients)
     monkeypatch.setattr(operations, "attend", xla.expectation)
 

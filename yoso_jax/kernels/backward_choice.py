@@ -60,8 +60,8 @@ class BackwardPlan:
 
     Attributes:
       kind: which gradients.
-      num_hashes: hashes whose buckets are used, if it is "bucketed".
-      bucket_bits: bits of a bucket, if it is "bucketed"; then at least 1.
+      num_hashes: hashes whose buckets are used.
+      bucket_bits: bits of a bucket; if it is "bucketed" at least 1.
     """
 
     kind: Backward

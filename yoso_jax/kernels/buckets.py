@@ -11,6 +11,7 @@ number is found by a search in the running count of pairs over the buckets.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -59,22 +60,65 @@ def bucketed_gradients(
     Returns:
       The gradients, float32 or float64 as `query`.
     """
-    gradients = functools.partial(_gradients, hash_code_len=hash_code_len, bucket_bits=bucket_bits)
-    # More heads, for `vmap`: a loop with a length for each of them would copy all it sums into, in
-    # every step, for those that have ended.
-    gradients = jax.custom_batching.custom_vmap(gradients)
+    options = dict(hash_code_len=hash_code_len, bucket_bits=bucket_bits)
+    args = query_codes, key_codes, query, key, value, grad_out, query_mask, key_mask
+    return _vmap_as_heads(functools.partial(_gradients, **options), 2)(*args)
 
-    @gradients.def_vmap
+
+def bucket_means(
+    query_codes: Int[Array, "*batch T m"],
+    key_codes: Int[Array, "*batch S m"],
+    query: Float[Array, "*batch T H"],
+    key: Float[Array, "*batch S H"],
+    value: Float[Array, "*batch S D"],
+    rows: Float[Array, "*batch T D"],
+    query_mask: Bool[Array, "*batch T"] | None,
+    key_mask: Bool[Array, "*batch S"] | None,
+    *,
+    hash_code_len: int,
+    bucket_bits: int,
+) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch T"]]:
+    """What `rows` and values have in common for each query, by the keys it would collide with.
+
+    Args:
+      query_codes: as of `bucketed_gradients`, like all that are not named here.
+      key_codes: the same of the keys.
+      query: unit vectors.
+      key: unit vectors.
+      value: what collisions add.
+      rows: what each query multiplies values with.
+      query_mask: True for the queries that attend.
+      key_mask: the same of the keys.
+      hash_code_len: bits of the hash whose collision probability weighs the keys.
+      bucket_bits: bits of a bucket.
+
+    Returns:
+      Estimates of `sum_j E_ij (rows_i . value_j) / sum_j E_ij`, zero without keys, and of the sum
+      of the probabilities E; float32 or float64 as `query`.
+    """
+    options = dict(hash_code_len=hash_code_len, bucket_bits=bucket_bits)
+    args = query_codes, key_codes, query, key, value, rows, query_mask, key_mask
+    return _vmap_as_heads(functools.partial(_means, **options), 2)(*args)
+
+
+def _vmap_as_heads(function: Callable[..., tuple], num_results: int) -> Callable[..., tuple]:
+    """More heads, for `vmap`.
+
+    A loop with a length for each of them would copy all it sums into, in every step, for those that
+    have ended.
+    """
+    vmapped = jax.custom_batching.custom_vmap(function)
+
+    @vmapped.def_vmap
     def _(axis_size: int, is_batched: Any, *args: Any) -> tuple:
         args = jax.tree.map(
             lambda x, batched: x if batched else jnp.broadcast_to(x, (axis_size, *x.shape)),
             args,
             tuple(is_batched),
         )
-        options = dict(hash_code_len=hash_code_len, bucket_bits=bucket_bits)
-        return bucketed_gradients(*args, **options), (True, True)
+        return _vmap_as_heads(function, num_results)(*args), (True,) * num_results
 
-    return gradients(query_codes, key_codes, query, key, value, grad_out, query_mask, key_mask)
+    return vmapped
 
 
 def _gradients(
@@ -82,16 +126,68 @@ def _gradients(
     key_codes: Array,
     query: Array,
     key: Array,
-    value: Array,
-    grad_out: Array,
-    query_mask: Array | None,
-    key_mask: Array | None,
-    *,
+    *others: Array | None,
     hash_code_len: int,
     bucket_bits: int,
 ) -> tuple[Array, Array]:
     """`bucketed_gradients`, its leading dimensions together as heads."""
-    num_buckets, num_hashes = 2**bucket_bits, query_codes.shape[-1]
+
+    def take(weights: Array, products: Array, query: Array, key: Array) -> tuple[Array, Array]:
+        weights = weights * products
+        return (
+            blocked.matmul("pts,psh->pth", weights, key),
+            blocked.matmul("pts,pth->psh", weights, query),
+        )
+
+    codes, width = (query_codes, key_codes), query.shape[-1]
+    options = dict(take=take, widths=(width, width), bucket_bits=bucket_bits)
+    sums = _sum_hashes(codes, (query, key, *others), **options, hash_code_len=hash_code_len)
+    scale = hash_code_len / 2 / query_codes.shape[-1]
+    return scale * sums[0].reshape(query.shape), scale * sums[1].reshape(key.shape)
+
+
+def _means(
+    query_codes: Array,
+    key_codes: Array,
+    query: Array,
+    *others: Array | None,
+    hash_code_len: int,
+    bucket_bits: int,
+) -> tuple[Array, Array]:
+    """`bucket_means`, its leading dimensions together as heads."""
+
+    def take(weights: Array, products: Array, query: Array, key: Array) -> tuple[Array]:
+        del query, key
+        return (jnp.stack([jnp.sum(weights * products, -1), jnp.sum(weights, -1)], axis=-1),)
+
+    options = dict(take=take, widths=(2,), bucket_bits=bucket_bits, hash_code_len=hash_code_len)
+    (sums,) = _sum_hashes((query_codes, key_codes), (query, *others), **options)
+    total, count = jnp.moveaxis(sums.reshape(*query.shape[:-1], 2), -1, 0)
+    return total / jnp.where(count > 0, count, 1), count / query_codes.shape[-1]
+
+
+def _sum_hashes(
+    codes: tuple[Array, Array],
+    arrays: tuple[Any, ...],
+    *,
+    take: Callable[..., tuple[Array, ...]],
+    widths: tuple[int, ...],
+    hash_code_len: int,
+    bucket_bits: int,
+) -> tuple[Array, ...]:
+    """Sums over hashes and pairs, `[heads * tokens, width]` of the queries, and of the keys.
+
+    Args:
+      codes: of queries and keys.
+      arrays: queries, keys, values, rows, and masks of queries and keys.
+      take: of weights and products of pairs of tiles, and of their queries and keys, what to add up
+        for the queries, and perhaps for the keys.
+      widths: of what it returns.
+      hash_code_len: bits of a hash.
+      bucket_bits: bits of a bucket.
+    """
+    num_buckets = 2**bucket_bits
+    *rows, query_mask, key_mask = arrays
 
     def by_hash(codes: Array, mask: Array | None) -> Array:
         """The buckets `[m, heads, tokens]`; masked tokens are in one that does not exist."""
@@ -105,34 +201,33 @@ def _gradients(
         heads, num_queries = codes[0].shape[1:]
         num_keys = codes[1].shape[2]
         tile, most_pairs = _tile_size(heads, num_queries, num_keys, num_buckets)
-        power = hash_code_len - bucket_bits
         sum_pairs = functools.partial(
-            _sum_pairs, power=power, tile=tile, chunk=min(chunk, most_pairs)
+            _sum_pairs,
+            take=take,
+            widths=widths,
+            power=hash_code_len - bucket_bits,
+            tile=tile,
+            chunk=min(chunk, most_pairs),
         )
 
-        def add_hash(sums: tuple[Array, Array], codes: tuple[Array, Array]) -> tuple[Any, None]:
+        def add_hash(sums: tuple[Array, ...], codes: tuple[Array, Array]) -> tuple[Any, None]:
             queries = _sort(codes[0], (query, grad_out), num_buckets=num_buckets, tile=tile)
             keys = _sort(codes[1], (key, value), num_buckets=num_buckets, tile=tile)
-            grad_query, grad_key = sum_pairs(queries, keys)
-            return (
-                _add_in_order(sums[0], queries.order, grad_query),
-                _add_in_order(sums[1], keys.order, grad_key),
-            ), None
+            parts = zip(sums, (queries, keys), sum_pairs(queries, keys), strict=False)
+            return tuple(_add_in_order(x, side.order, part) for x, side, part in parts), None
 
-        start = (
-            blocked.zeros(query.shape, query.dtype, codes, rows),
-            blocked.zeros(key.shape, key.dtype, codes, rows),
+        start = tuple(
+            blocked.zeros((len(x), width), query.dtype, codes, rows)
+            for x, width in zip((query, key), widths, strict=False)
         )
         return lax.scan(add_hash, start, codes)[0]
 
-    sums = lax.platform_dependent(
-        (by_hash(query_codes, query_mask), by_hash(key_codes, key_mask)),
-        tuple(x.reshape(-1, x.shape[-1]) for x in (query, key, value, grad_out)),
+    return lax.platform_dependent(
+        (by_hash(codes[0], query_mask), by_hash(codes[1], key_mask)),
+        tuple(x.reshape(-1, x.shape[-1]) for x in rows),
         cpu=functools.partial(sum_hashes, chunk=_CHUNK_CPU),
         default=functools.partial(sum_hashes, chunk=_CHUNK),
     )
-    scale = hash_code_len / 2 / num_hashes
-    return scale * sums[0].reshape(query.shape), scale * sums[1].reshape(key.shape)
 
 
 def _tile_size(heads: int, num_queries: int, num_keys: int, num_buckets: int) -> tuple[int, int]:
@@ -201,9 +296,16 @@ def _add_in_order(sums: Array, order: Array, part: Array) -> Array:
 
 
 def _sum_pairs(
-    queries: _Sorted, keys: _Sorted, *, power: int, tile: int, chunk: int
-) -> tuple[Array, Array]:
-    """`W k` and `W^T q` of one hash, up to constants, for sorted rows."""
+    queries: _Sorted,
+    keys: _Sorted,
+    *,
+    take: Callable[..., tuple[Array, ...]],
+    widths: tuple[int, ...],
+    power: int,
+    tile: int,
+    chunk: int,
+) -> tuple[Array, ...]:
+    """What `take` makes of the pairs of one hash, for sorted rows."""
     query_tiles, key_tiles = -(-queries.counts // tile), -(-keys.counts // tile)
     pairs = query_tiles * key_tiles
     ends = jnp.cumsum(pairs, dtype=jnp.int32)
@@ -214,8 +316,8 @@ def _sum_pairs(
         in_bucket = jnp.arange(tile) < (side.counts[bucket] - skipped)[:, None]
         return jnp.where(is_pair, side.starts[bucket] + skipped, 0), in_bucket & is_pair[:, None]
 
-    def add_chunk(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        done, grad_query, grad_key = carry
+    def add_chunk(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        done, *sums = carry
         number = done + jnp.arange(chunk, dtype=jnp.int32)
         is_pair = number < ends[-1]
         bucket = jnp.searchsorted(ends, number, side="right").astype(jnp.int32)
@@ -227,22 +329,23 @@ def _sum_pairs(
         query, grad_out = (_windows(x, query_rows, tile) for x in queries.arrays)
         key, value = (_windows(x, key_rows, tile) for x in keys.arrays)
         cosine = blocked.matmul("pth,psh->pts", query, key)
-        weights = collisions.collision_probability(cosine, power)
-        weights *= blocked.matmul("ptd,psd->pts", grad_out, value)
+        products = blocked.matmul("ptd,psd->pts", grad_out, value)
         # The rows behind a bucket's last are another bucket's.
-        weights = jnp.where(is_query[:, :, None] & is_key[:, None, :], weights, 0)
-        grad_query = _add_windows(
-            grad_query, query_rows, blocked.matmul("pts,psh->pth", weights, key)
+        weights, products = (
+            jnp.where(is_query[:, :, None] & is_key[:, None, :], x, 0)
+            for x in (collisions.collision_probability(cosine, power), products)
         )
-        grad_key = _add_windows(grad_key, key_rows, blocked.matmul("pts,pth->psh", weights, query))
-        return done + chunk, grad_query, grad_key
+        taken = take(weights, products, query, key)
+        parts = zip(sums, (query_rows, key_rows), taken, strict=False)
+        return done + chunk, *(_add_windows(x, rows, part) for x, rows, part in parts)
 
     inputs = ends, queries.arrays, keys.arrays
-    query, key = queries.arrays[0], keys.arrays[0]
     start = (
         blocked.zeros((), jnp.int32, inputs),
-        blocked.zeros(query.shape, query.dtype, inputs),
-        blocked.zeros(key.shape, key.dtype, inputs),
+        *(
+            blocked.zeros((len(side.arrays[0]), width), side.arrays[0].dtype, inputs)
+            for side, width in zip((queries, keys), widths, strict=False)
+        ),
     )
     return lax.while_loop(lambda carry: carry[0] < ends[-1], add_chunk, start)[1:]
 

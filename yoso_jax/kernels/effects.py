@@ -10,13 +10,9 @@ between the two, which docs/gradients.md derives.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-OTHER_HASHES = 8
-"""At most as many more say what the values are that a query collides with."""
+BALANCE_HASHES = 2
+"""At most as many hashes say what the cotangent of a row adds up to."""
 
-# The mean of all values counts like so many collisions.
-_PRIOR = 8
-# Halfway between a row without the next collision and one with it.
-_HALF = 0.5
 _TINY = 1e-24
 
 
@@ -58,45 +54,34 @@ def collision_scales(
 
 
 def balance(
-    rows: Float[Array, "B T N D"],
+    mean: Float[Array, "B T N"],
+    count: Float[Array, "B T N"],
+    norm: Float[Array, "B T N"],
     value: Float[Array, "B S N D"],
     key_mask: Bool[Array, "B S"] | None,
-    other_rows: Float[Array, "B T N D"],
-    other_counts: Float[Array, "B T N"],
     *,
-    num_others: int,
+    num_hashes: int,
 ) -> Float[Array, "B T N"]:
-    """What each query is to add to its products with values, to halve what they add up to.
+    """What each query is to add to its products with values, for what they add up to.
 
-    That is half of the product with the mean value that it collides with, negative. Other hashes
-    say which it is, whose noise the cotangents do not know; where they have few collisions, it is
-    the mean of all values.
+    That is half of their mean, negative: halfway between a row without the next collision and one
+    with it. Where rows are noise, what they add up to is, too, and all of it is taken away: of the
+    square of a row's length, the share is taken that as many values would have of no direction in
+    common.
 
     Args:
-      rows: cotangents of rows, scaled.
+      mean: of the products of each query, by the probabilities of collisions.
+      count: the sum of those probabilities.
+      norm: as of `collision_scales`.
       value: as of `collision_scales`.
       key_mask: as of `collision_scales`.
-      other_rows: sums of values by other hashes, means over them.
-      other_counts: and their numbers.
-      num_others: how many hashes.
+      num_hashes: as of `collision_scales`.
     """
-    dtype = jnp.promote_types(jnp.promote_types(rows.dtype, other_counts.dtype), jnp.float32)
-    collided = num_others * other_rows.astype(dtype) + _PRIOR * _mean(value, key_mask, dtype)
-    count = num_others * other_counts.astype(dtype) + _PRIOR
-    return -_HALF * jnp.sum(rows.astype(dtype) * collided, axis=-1) / count
-
-
-def other_projection(
-    projection: Float[Array, "B N H columns"], hash_code_len: int
-) -> Float[Array, "B N H others"]:
-    """Hashes that have nothing to do with those of `projection`: its first, turned by 90 degrees.
-
-    A vector is orthogonal to itself, turned: what both hashes say of it is independent.
-    """
-    first = projection[..., : OTHER_HASHES * hash_code_len]
-    half = first.shape[-2] // 2
-    parts = -first[..., half : 2 * half, :], first[..., :half, :], first[..., 2 * half :, :]
-    return jnp.concatenate(parts, axis=-2)
+    dtype = jnp.promote_types(jnp.promote_types(mean.dtype, norm.dtype), jnp.float32)
+    square = jnp.sum(_mean(value, key_mask, dtype, power=2), axis=-1)
+    noise = count.astype(dtype) * square / num_hashes
+    share = jnp.clip(noise / jnp.maximum(norm.astype(dtype) ** 2, _TINY), 0, 1)
+    return -(1 + share) / 2 * mean.astype(dtype)
 
 
 def _mean(value: Array, key_mask: Array | None, dtype: jnp.dtype, power: int = 1) -> Array:

@@ -184,16 +184,29 @@ def sampled_backward(
     """Gradients of `sampled`; those of query and key are the ones that `backward` names.
 
     `unit` and `norm` are what `sampled` returned if rows were normalised, else None. "bucketed"
-    uses the first `num_backward_hashes` hashes and the lowest `bucket_bits` bits of each.
+    uses the first `num_backward_hashes` hashes and the lowest `bucket_bits` bits of each, and so
+    does the balance of `effects`, whatever the gradients.
     """
     if not isinstance(codes, Codes):
         raise NotImplementedError(f"xla made no codes of type {type(codes).__name__}.")
+    del projection  # another implementation may have to hash again
     args = query, key, value, query_mask, key_mask
     rows, shift = grad_out, None
     if unit is not None and norm is not None:
         if backward != "sampled":
-            tangents = grad_out, unit, norm
-            rows, shift = _rows_and_shift(projection, *args, *tangents, hash_code_len)
+            options = dict(num_hashes=codes.query.shape[-1])
+            scale = effects.collision_scales(unit, norm, value, key_mask, **options)
+            rows = l2_normalize_gradient(unit, 1 / scale, grad_out)
+            number = min(num_backward_hashes, effects.BALANCE_HASHES)
+            means = bucket_means(
+                codes.query[..., :number],
+                codes.key[..., :number],
+                *args,
+                rows,
+                hash_code_len=hash_code_len,
+                bucket_bits=bucket_bits,
+            )
+            shift = effects.balance(*means, norm, value, key_mask, **options)
         grad_out = l2_normalize_gradient(unit, norm, grad_out)
     if backward == "sampled":
         return surrogate_gradients(codes, *args, grad_out, hash_code_len=hash_code_len)
@@ -213,34 +226,6 @@ def sampled_backward(
         codes.key, codes.query, heads_first(grad_out, query_mask), hash_code_len=hash_code_len
     )
     return *grads, tokens_first(grad_value, key_mask).astype(value.dtype)
-
-
-def _rows_and_shift(
-    projection: Array,
-    query: Array,
-    key: Array,
-    value: Array,
-    query_mask: Array | None,
-    key_mask: Array | None,
-    grad_unit: Array,
-    unit: Array,
-    norm: Array,
-    hash_code_len: int,
-) -> tuple[Array, Array]:
-    """Of `expected_gradients`, where rows were normalised."""
-    options = dict(num_hashes=projection.shape[-1] // hash_code_len)
-    scale = effects.collision_scales(unit, norm, value, key_mask, **options)
-    rows = l2_normalize_gradient(unit, 1 / scale, grad_unit)
-    projection = effects.other_projection(projection, hash_code_len)
-    other = _hash(query, key, projection, query_mask, key_mask, hash_code_len=hash_code_len)
-    ones = jnp.ones((*value.shape[:-1], 1), value.dtype)
-    counted = heads_first(jnp.concatenate([value, ones], axis=-1), key_mask)
-    sums = collisions.lsh_cumulation(other.query, other.key, counted, hash_code_len=hash_code_len)
-    sums = tokens_first(sums, query_mask)
-    shift = effects.balance(
-        rows, value, key_mask, sums[..., :-1], sums[..., -1], num_others=other.key.shape[-1]
-    )
-    return rows, shift
 
 
 def expected_gradients(
@@ -379,24 +364,53 @@ def bucketed_gradients(
     `rows` and `shift` are those of `expected_gradients`.
     """
     units, unit_vjp = _units(query, key, query_mask, key_mask)
-    batch, _, heads, _ = query.shape
-
-    def by_head(mask: Array | None) -> Array | None:
-        if mask is None:
-            return None
-        return jnp.broadcast_to(mask[:, None], (batch, heads, mask.shape[1]))
-
     grads = buckets.bucketed_gradients(
         query_codes,
         key_codes,
         *units,
         *_with_shift(value, query_mask, key_mask, rows, shift),
-        by_head(query_mask),
-        by_head(key_mask),
+        *(_by_head(mask, query.shape[2]) for mask in (query_mask, key_mask)),
         hash_code_len=hash_code_len,
         bucket_bits=bucket_bits,
     )
     return unit_vjp(grads)
+
+
+def bucket_means(
+    query_codes: Int[Array, "B N T m"],
+    key_codes: Int[Array, "B N S m"],
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N D"],
+    query_mask: Bool[Array, "B T"] | None,
+    key_mask: Bool[Array, "B S"] | None,
+    rows: Float[Array, "B T N D"],
+    *,
+    hash_code_len: int,
+    bucket_bits: int,
+) -> tuple[Float[Array, "B T N"], Float[Array, "B T N"]]:
+    """As `buckets.bucket_means`, of `rows` that are those of `expected_gradients`."""
+    if bucket_bits == 0:  # one bucket, whatever the hash
+        query_codes, key_codes = query_codes[..., :1], key_codes[..., :1]
+    means = buckets.bucket_means(
+        query_codes,
+        key_codes,
+        _unit(query, query_mask),
+        _unit(key, key_mask),
+        heads_first(value, key_mask),
+        heads_first(rows, query_mask),
+        *(_by_head(mask, query.shape[2]) for mask in (query_mask, key_mask)),
+        hash_code_len=hash_code_len,
+        bucket_bits=bucket_bits,
+    )
+    mean, count = (jnp.swapaxes(x, 1, 2) for x in means)
+    return mean, count
+
+
+def _by_head(mask: Array | None, heads: int) -> Array | None:
+    if mask is None:
+        return None
+    return jnp.broadcast_to(mask[:, None], (len(mask), heads, mask.shape[1]))
 
 
 def _units(

@@ -89,6 +89,27 @@ class Hardware(abc.ABC):
         """
 
     @abc.abstractmethod
+    def add_to_means(
+        self,
+        products: tuple[Array, Array],
+        columns: Any,
+        row_values: list[Array],
+        sums: tuple[Array, Array],
+    ) -> tuple[Array, Array]:
+        """Sums of weights and of weighted products, see `bucket_tiles.add_to_means`.
+
+        Args:
+          products: of tokens, and of their rows.
+          columns: Ref to scales of the columns, and to ones.
+          row_values: what `expectation_tiles.row_values` gives.
+          sums: those before, `[64, PARTS]`.
+        """
+
+    @abc.abstractmethod
+    def store_numbers(self, words: Any, numbers: Any, out: Any, scalars: tuple[Any, ...]) -> None:
+        """Stores two numbers of each row of a tile at the place of its token, as `store`."""
+
+    @abc.abstractmethod
     def multiply(self, sums: Any, weights: Any, tile: Any, staging: tuple[Any, ...]) -> None:
         """Adds the product of weights and a tile in shared memory to an accumulator."""
 
@@ -223,6 +244,72 @@ class Hopper(Hardware):
         return weigh(*products, scales, *row_values)
 
     @override
+    def add_to_means(
+        self,
+        products: tuple[Array, Array],
+        columns: Any,
+        row_values: list[Array],
+        sums: tuple[Array, Array],
+    ) -> tuple[Array, Array]:
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        from yoso_jax.kernels.mosaic_gpu.registers import read_registers, write_registers
+
+        layout = plgpu.Layout.WGMMA
+        row_layout = layout.reduce(1)
+        part = plgpu.ShapeDtypeStruct((TILE, bucket_tiles.PARTS), jnp.float32, layout=layout)
+
+        @plgpu.inline_mgpu(
+            arg_types=(
+                *[layout] * 4,
+                plgpu.RefType(),
+                *[row_layout] * len(row_values),
+            ),
+            return_type=(part, part),
+        )
+        def add(
+            _: Any, scores: Any, products: Any, counts: Any, totals: Any, columns: Any, *rows: Any
+        ) -> tuple[Any, Any]:
+            lane = self._lane()
+            found = bucket_tiles.add_to_means(
+                lane,
+                read_registers(lane, scores),
+                read_registers(lane, products),
+                [read_registers(lane, each) for each in rows],
+                lane.shared_pointer(columns),
+                self.chain,
+                (read_registers(lane, counts), read_registers(lane, totals)),
+            )
+            return write_registers(found[0], counts), write_registers(found[1], totals)
+
+        return add(*products, *sums, columns, *row_values)
+
+    @override
+    def store_numbers(self, words: Any, numbers: Any, out: Any, scalars: tuple[Any, ...]) -> None:
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        plan, plain = self.plan, plgpu.RefType()
+
+        @plgpu.inline_mgpu(arg_types=(*[plain] * 3, *[_scalar()] * 6))
+        def store(_: Any, words: Any, numbers: Any, out: Any, *scalars: Any) -> None:
+            lane = self._lane()
+            values = (I32(lane, x.registers.item()) for x in scalars)
+            number, batch, n, words_slot, slot, count = values
+            head_bytes = 8 * plan.layout.num_tokens
+            target = lane.global_pointer(out, writable=True)
+            target = target.at(number, plan.batch * plan.heads * head_bytes)
+            bucket_tiles.scatter_numbers(
+                lane,
+                lane.shared_pointer(words).at(words_slot, 4 * TILE),
+                lane.shared_pointer(numbers).at(slot, 8 * TILE),
+                target.at(batch * plan.heads + n, head_bytes),
+                count=count,
+                layout=plan.layout,
+            )
+
+        store(words, numbers, out, *scalars)
+
+    @override
     def multiply(self, sums: Any, weights: Any, tile: Any, staging: tuple[Any, ...]) -> None:
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -320,20 +407,57 @@ class Interpreted(Hardware):
     def weigh(self, products: tuple[Array, Array], scales: Any, row_values: list[Array]) -> Any:
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        lengths, slopes, *shifts = (each[:, None] for each in row_values)
+        shifts = [each[:, None] for each in row_values[2:]]
         scores, of_rows = products
         column_scales, *column_shifts = tiles.from_column_order(scales[...])
         # What copies after the next barrier overwrite has been read; the interpreter must be told.
         plgpu.commit_smem()
-        factors = jnp.ones_like(scores)
-        if self.chain.steps:
-            w = jnp.sqrt(jnp.abs(lengths + scores * column_scales))
-            terms = [w * slopes + np.float32(self.chain.start)]
-            for factor, constant in self.chain.steps:
-                terms.append(terms[-1] * terms[factor] + np.float32(constant))
-            factors = terms[-1]
+        factors = self._factors(scores, row_values, column_scales)
         factors = factors * (sum(shifts, of_rows) * column_scales + sum(column_shifts))
         return factors.astype(self.dtype)
+
+    def _factors(self, scores: Array, row_values: list[Array], column_scales: Array) -> Array:
+        lengths, slopes = (each[:, None] for each in row_values[:2])
+        if not self.chain.steps:
+            return jnp.ones_like(scores)
+        w = jnp.sqrt(jnp.abs(lengths + scores * column_scales))
+        terms = [w * slopes + np.float32(self.chain.start)]
+        for factor, constant in self.chain.steps:
+            terms.append(terms[-1] * terms[factor] + np.float32(constant))
+        return terms[-1]
+
+    @override
+    def add_to_means(
+        self,
+        products: tuple[Array, Array],
+        columns: Any,
+        row_values: list[Array],
+        sums: tuple[Array, Array],
+    ) -> tuple[Array, Array]:
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        scales, ones = tiles.from_column_order(columns[...])
+        plgpu.commit_smem()  # as in `weigh`
+        scores, of_rows = products
+        weights = self._factors(scores, row_values, scales) * ones
+        parts = TILE, -1, bucket_tiles.PARTS
+        return (
+            sums[0] + jnp.sum(weights.reshape(parts), axis=1),
+            sums[1] + jnp.sum((weights * of_rows).reshape(parts), axis=1),
+        )
+
+    @override
+    def store_numbers(self, words: Any, numbers: Any, out: Any, scalars: tuple[Any, ...]) -> None:
+        from jax.experimental import pallas as pl
+
+        number, batch, n, words_slot, slot, count = scalars
+        tokens, both = self.plan.layout.token(words[words_slot]), numbers[slot]
+
+        @pl.loop(0, count)
+        def _(i: Any) -> None:
+            token = lax.dynamic_index_in_dim(tokens, i, keepdims=False)
+            two = lax.dynamic_index_in_dim(both, i, axis=1, keepdims=False)
+            out[number, batch * self.plan.heads + n, :, token] = two
 
     @override
     def multiply(self, sums: Any, weights: Any, tile: Any, staging: tuple[Any, ...]) -> None:

@@ -24,6 +24,8 @@ _SHARED_BYTES = 223 * 1024
 _PIECE = 16
 WORD_TILES = 5
 """Tiles of words of a warpgroup."""
+PARTS = 8
+"""Columns that what threads have of a row's sum is spread over."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Plan:
     Attributes:
       batch: batch rows, B.
       heads: N.
-      num_hashes: hashes in use.
+      num_hashes: hashes in use, the first of those that there are words of.
+      all_hashes: hashes that there are words of.
       head_dim: H, a multiple of 16.
       value_dim: D, a multiple of 16.
       exponent: of the collision probability in the weights.
       shift: what has shifts, which are added to the products of rows: the "rows" of a tile, whose
         gradients are wanted, its "columns", or nothing.
+      means: sums of weights and of products are wanted, not gradients; then without shifts.
       layout: of the words of the tokens whose gradients are wanted.
       other_layout: of the words of the other side.
     """
@@ -46,10 +50,12 @@ class Plan:
     batch: int
     heads: int
     num_hashes: int
+    all_hashes: int
     head_dim: int
     value_dim: int
     exponent: int
     shift: Literal["rows", "columns"] | None
+    means: bool
     layout: Words
     other_layout: Words
 
@@ -60,8 +66,8 @@ class Plan:
 
     @property
     def other_numbers(self) -> int:
-        """Numbers of a token of the other side: a scale, and perhaps a shift."""
-        return 2 if self.shift == "columns" else 1
+        """Numbers of a token of the other side: a scale, and perhaps a shift, or for means 1."""
+        return 2 if self.shift == "columns" or self.means else 1
 
     @property
     def warpgroups(self) -> int:
@@ -69,7 +75,7 @@ class Plan:
         most = 3 if self.head_dim <= 64 else 2 if self.head_dim <= 128 else 1
         # Of each side a tile in use, and the next one.
         tile_bytes = 4 * TILE * (2 * self.head_dim + 2 * self.value_dim)
-        numbers = 2 * (self.own_numbers + self.other_numbers) + WORD_TILES
+        numbers = 2 * (self.own_numbers + self.other_numbers) + WORD_TILES + 2 * self.means
         tile_bytes += 4 * TILE * numbers
         return min(most, _SHARED_BYTES // tile_bytes)
 
@@ -86,6 +92,8 @@ class Plan:
     @property
     def out(self) -> tuple[int, ...]:
         """Shape of the sums."""
+        if self.means:
+            return (self.num_hashes, self.batch * self.heads, 2, self.layout.num_tokens)
         return (self.num_hashes, self.batch, self.layout.num_tokens, self.heads, self.head_dim)
 
 
@@ -181,6 +189,34 @@ def scatter(
             target.at(layout.token(word), 2 * columns * stride).at(byte, 1).store(piece)
 
 
+def scatter_numbers(
+    lane: Lane,
+    words: SharedPointer,
+    numbers: SharedPointer,
+    target: GlobalPointer,
+    *,
+    count: I32,
+    layout: Words,
+) -> None:
+    """Stores two float32 of each row of a tile at the place of its token.
+
+    Args:
+      lane: a thread of a warpgroup.
+      words: to the 64 words of the tile.
+      numbers: to 64 of the first and then of the second.
+      target: to the first of the head's first token; the second are behind all first.
+      count: rows to store.
+      layout: of the words.
+    """
+    thread = lane.thread_id() & (WARPGROUP - 1)
+    with lane.when(thread < count):
+        (word,) = words.at(thread, 4).load()
+        place = target.at(layout.token(word), 4)
+        for i in range(2):
+            value = numbers.at(thread, 4).load(1, 4 * TILE * i)
+            place.at(i, 4 * layout.num_tokens).store(value)
+
+
 def _places(thread: I32, columns: int) -> list[tuple[I32, I32]]:
     """The rows and bytes of the pieces of a tile that a thread copies."""
     pieces = 2 * columns // _PIECE
@@ -212,15 +248,8 @@ def weights(
       chain: of the power of the collision probability.
       shift: what has shifts.
     """
-    if chain.steps:
-        values = rows[:-1] if shift == "rows" else rows
-        pieces = list(tiles.probabilities(lane, scores, values, scales, chain))
-        factors = [factor for piece, _ in pieces for factor in piece]
-        column_scales = [scale for _, piece in pieces for scale in piece]
-    else:
-        factors = [lane.f32(1)] * len(scores)
-        words = tiles.of_columns(lane, scales, range(len(scores)))
-        column_scales = [lane.bitcast_f32(word) for word in words]
+    values = rows[:-1] if shift == "rows" else rows
+    factors, column_scales = _factors(lane, scores, values, scales, chain)
     if shift == "rows":
         # Of four places two are in the other row.
         products = [x + rows[-1][i // 2 % 2] for i, x in enumerate(products)]
@@ -228,3 +257,45 @@ def weights(
     places = range(len(products))
     scaled = tiles.scale_and_shift(lane, products, column_scales, shifts, places)
     return [factor * x for factor, x in zip(factors, scaled, strict=True)]
+
+
+def add_to_means(
+    lane: Lane,
+    scores: list[F32],
+    products: list[F32],
+    rows: list[list[F32]],
+    columns: SharedPointer,
+    chain: Chain,
+    sums: tuple[list[F32], list[F32]],
+) -> tuple[list[F32], list[F32]]:
+    """What a thread has of the sums of weights of rows, and of weighted products.
+
+    Args:
+      lane: a thread of a warpgroup.
+      scores: as of `weights`, like all that are not named here.
+      products: products of their rows.
+      rows: of the two rows, what `tiles.row_values` gives.
+      columns: to -1 / length of the columns, and then to ones, or zeros where they do not count.
+      chain: of the power of the collision probability.
+      sums: those of the tiles before, `PARTS` columns in the registers of a matrix product.
+    """
+    factors, _ = _factors(lane, scores, rows, columns, chain)
+    ones = tiles.of_columns(lane, columns.at(4 * TILE), range(len(scores)))
+    counts, totals = map(list, sums)
+    for i, (factor, x, one) in enumerate(zip(factors, products, ones, strict=True)):
+        weight = factor * lane.bitcast_f32(one)
+        part = i % len(counts)
+        counts[part] = counts[part] + weight
+        totals[part] = lane.fma(weight, x, totals[part])
+    return counts, totals
+
+
+def _factors(
+    lane: Lane, scores: list[F32], rows: list[list[F32]], scales: SharedPointer, chain: Chain
+) -> tuple[list[F32], list[F32]]:
+    """Powers of collision probabilities, and the scales of their columns."""
+    if chain.steps:
+        pieces = list(tiles.probabilities(lane, scores, rows, scales, chain))
+        return [x for piece, _ in pieces for x in piece], [x for _, piece in pieces for x in piece]
+    words = tiles.of_columns(lane, scales, range(len(scores)))
+    return [lane.f32(1)] * len(scores), [lane.bitcast_f32(word) for word in words]

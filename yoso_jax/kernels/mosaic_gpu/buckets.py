@@ -7,6 +7,9 @@ key of a bucket there are scales of zero, so that no weight counts. The rows of 
 places of their queries, and another kernel sums up the hashes. For the gradient of the keys the
 roles are exchanged, so that every sum has one owner and its bits are the same in every run.
 
+The same kernel, ended otherwise, sums up weights and products, of which the balance is made
+(`effects`).
+
 What is needed next is copied while the tensor cores and the arithmetic units are busy: first words,
 which say where tokens are, then the tokens.
 """
@@ -26,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
 from yoso_jax.kernels.mosaic_gpu import sorting
 from yoso_jax.kernels.mosaic_gpu.bucket_hardware import Hopper, Interpreted
-from yoso_jax.kernels.mosaic_gpu.bucket_tiles import WORD_TILES, Plan
+from yoso_jax.kernels.mosaic_gpu.bucket_tiles import PARTS, WORD_TILES, Plan
 from yoso_jax.kernels.mosaic_gpu.collision_chain import collision_chain
 from yoso_jax.kernels.mosaic_gpu.lane import Call
 from yoso_jax.kernels.mosaic_gpu.sorting import TILE, Words
@@ -41,18 +44,39 @@ class Side:
     Attributes:
       tokens: `[B, T, N, H]`.
       rows: `[B, T, N, D]`, gradients of the results of queries, or values of keys.
+      mask: True for those that take part, or None.
       lengths: `[B * N, T]`, from `tiles.token_lengths`.
-      shifts: `[B * N, T]`, to be added to products of rows, or None.
       words: `[B * N * hashes, length]`, sorted.
       layout: of the words.
     """
 
     tokens: Array
     rows: Array
+    mask: Array | None
     lengths: Array
-    shifts: Array | None
     words: Array
     layout: Words
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """Queries and keys sorted by bucket.
+
+    Attributes:
+      queries: with the rows that multiply values.
+      keys: with values.
+      query_ranges: of the tiles of queries, from `sorting.find_tiles`.
+      key_ranges: of the tiles of keys.
+      num_hashes: of the words.
+      exponent: bits of a hash that say nothing of the bucket.
+    """
+
+    queries: Side
+    keys: Side
+    query_ranges: Array
+    key_ranges: Array
+    num_hashes: int
+    exponent: int
 
 
 def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., Array]:
@@ -86,6 +110,7 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., Array
         word_tiles: Any,
         *staging: Any,
     ) -> None:
+        mean_tiles = staging[0] if plan.means else None
         copy_words = hardware.copy_words
         warpgroup = lax.axis_index("warpgroup")
         first_item = lax.axis_index("block") * warpgroups + warpgroup
@@ -108,7 +133,9 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., Array
         def places_of(number: Any) -> tuple[Any, ...]:
             item = first_item + jnp.minimum(number, num_items - 1) * all_warpgroups
             row, tile = lax.div(item, plan.layout.tiles), lax.rem(item, plan.layout.tiles)
-            head = lax.div(row, plan.num_hashes)
+            head, hash_number = lax.div(row, plan.num_hashes), lax.rem(row, plan.num_hashes)
+            # Of the words, which there may be more hashes of.
+            row = head * plan.all_hashes + hash_number
             return row, tile, lax.div(head, plan.heads), lax.rem(head, plan.heads)
 
         def range_of(number: Any) -> tuple[Any, Any, Any, Any]:
@@ -179,25 +206,29 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., Array
                 )
                 row_values = [*tiles.row_values(length, chain), *shifts]
 
+                def products_of(step: Any) -> tuple[Any, Any]:
+                    """Those of a tile of the others, and where it is; the next one is loaded."""
+                    other = two(slot + step)
+
+                    def multiply(scores: Any, products: Any) -> Any:
+                        plgpu.wgmma(scores, token_tiles.at[mine], other_token_tiles.at[other].T)
+                        plgpu.wgmma(products, row_tiles.at[mine], other_row_tiles.at[other].T)
+
+                        @pl.when(step + 1 < steps)
+                        def _() -> None:
+                            following = slot + step + 1
+                            words_slot = step_words(following)
+                            load_step(number, first, end, step + 1, following, words_slot)
+
+                        return scores[...], products[...]
+
+                    accumulator = plgpu.ACC((TILE, TILE), jnp.float32)
+                    return pl.run_scoped(multiply, accumulator, accumulator), other
+
                 def add_up(sums: Any) -> Any:
                     @pl.loop(0, steps)
                     def _(step: Any) -> None:
-                        other = two(slot + step)
-
-                        def multiply(scores: Any, products: Any) -> Any:
-                            plgpu.wgmma(scores, token_tiles.at[mine], other_token_tiles.at[other].T)
-                            plgpu.wgmma(products, row_tiles.at[mine], other_row_tiles.at[other].T)
-
-                            @pl.when(step + 1 < steps)
-                            def _() -> None:
-                                following = slot + step + 1
-                                words_slot = step_words(following)
-                                load_step(number, first, end, step + 1, following, words_slot)
-
-                            return scores[...], products[...]
-
-                        accumulator = plgpu.ACC((TILE, TILE), jnp.float32)
-                        products = pl.run_scoped(multiply, accumulator, accumulator)
+                        products, other = products_of(step)
                         taken = hardware.weigh(products, other_number_tiles.at[other], row_values)
                         hardware.multiply(sums, taken, other_token_tiles.at[other], staging)
                         plgpu.wgmma_wait(0)
@@ -205,9 +236,23 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., Array
 
                     return sums[...]
 
-                sums = pl.run_scoped(add_up, plgpu.ACC((TILE, plan.head_dim), jnp.float32))
-                sums = sums * lax.broadcast_in_dim(1 / length, sums.shape, [0])
-                token_tiles[mine] = sums.astype(dtype)
+                def add_to_means(step: Any, sums: Any) -> Any:
+                    products, other = products_of(step)
+                    columns = other_number_tiles.at[other]
+                    sums = hardware.add_to_means(products, columns, row_values, sums)
+                    wait()
+                    return sums
+
+                if mean_tiles is not None:
+                    zeros = jnp.zeros((TILE, PARTS), jnp.float32)
+                    zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+                    sums = lax.fori_loop(0, steps, add_to_means, (zeros, zeros))
+                    for i in range(2):
+                        mean_tiles[warpgroup, i] = jnp.sum(sums[i], axis=1)
+                else:
+                    sums = pl.run_scoped(add_up, plgpu.ACC((TILE, plan.head_dim), jnp.float32))
+                    sums = sums * lax.broadcast_in_dim(1 / length, sums.shape, [0])
+                    token_tiles[mine] = sums.astype(dtype)
 
             pl.when(steps == 0)(wait)
             load_item(number + 1, next_count, next_first, next_end, slot + steps)
@@ -216,9 +261,12 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., Array
             def _() -> None:
                 row, _, batch, n = places_of(number)
                 plgpu.commit_smem()
-                hash_number = lax.rem(row, plan.num_hashes)
-                mine = item_words(number), two(number), count
-                hardware.store(word_tiles, token_tiles, out, (hash_number, batch, n, *mine))
+                place = lax.rem(row, plan.all_hashes), batch, n, item_words(number)
+                if mean_tiles is not None:
+                    where = *place, warpgroup, count
+                    hardware.store_numbers(word_tiles, mean_tiles, out, where)
+                else:
+                    hardware.store(word_tiles, token_tiles, out, (*place, two(number), count))
 
             wait()
             return next_count, next_first, next_end, *later, slot + steps
@@ -245,12 +293,13 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., Array
 
     return plgpu.kernel(
         bucket_sums,
-        out_type=jax.ShapeDtypeStruct(plan.out, dtype),
+        out_type=jax.ShapeDtypeStruct(plan.out, jnp.float32 if plan.means else dtype),
         scratch_types=[
             *side(plan.own_numbers),
             *side(plan.other_numbers),
             plgpu.SMEM((WORD_TILES * warpgroups, TILE), jnp.int32),
-            *hardware.staging(),
+            *([plgpu.SMEM((warpgroups, 2, TILE), jnp.float32)] if plan.means else []),
+            *([] if plan.means else hardware.staging()),
         ],
         grid=(plan.blocks,),
         grid_names=("block",),
@@ -267,11 +316,12 @@ def is_supported(
     layouts = [Words(x.shape[1], bucket_bits) for x in (query, value)]
     if value.dtype not in (jnp.bfloat16, jnp.float16):
         return False
-    plan = _plan(query, value.shape[-1], *layouts, num_hashes=1, exponent=0, shift="rows")
+    hashes = dict(num_hashes=1, all_hashes=1, exponent=0)
+    plan = _plan(query, value.shape[-1], *layouts, **hashes, shift="rows", means=True)
     return plan.warpgroups > 0 and all(layout.is_supported for layout in layouts)
 
 
-def bucketed_gradients(
+def find(
     query_codes: Int[Array, "B N T hashes"],
     key_codes: Int[Array, "B N S hashes"],
     query: Float[Array, "B T N H"],
@@ -280,15 +330,12 @@ def bucketed_gradients(
     query_mask: Bool[Array, "B T"] | None,
     key_mask: Bool[Array, "B S"] | None,
     rows: Float[Array, "B T N D"],
-    shift: Float[Array, "B T N"] | None,
     *,
     hash_code_len: int,
     bucket_bits: int,
-    dense: Callable[[], tuple[Array, Array]] | None = None,
     call: Call | None = None,
-    interpret: bool = False,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"]]:
-    """As `xla.bucketed_gradients`, in the dtype of `value`.
+) -> Buckets:
+    """The tokens of each bucket.
 
     Args:
       query_codes: of the hashes to use; their lowest `bucket_bits` bits are the buckets.
@@ -299,66 +346,106 @@ def bucketed_gradients(
       query_mask: True for the queries that attend, or None. What is in other rows is not used.
       key_mask: True for the keys to attend to, or None.
       rows: as of `xla.expected_gradients`, same dtype.
-      shift: as there, float32 or None.
       hash_code_len: bits of a hash, 1 to 16.
       bucket_bits: 0 to `hash_code_len`.
+      call: what runs the programs; the GPU by default.
+    """
+    call = call or _default_call()
+    make_side = functools.partial(_make_side, bucket_bits=bucket_bits, call=call)
+    queries = make_side(query_codes, query, rows, query_mask)
+    keys = make_side(key_codes, key, value, key_mask)
+    starts = [sorting.find_buckets(x.words, x.layout, call=call) for x in (queries, keys)]
+    query_ranges, key_ranges = (
+        sorting.find_tiles(mine, others, side.layout, call=call)
+        for side, mine, others in ((queries, *starts), (keys, *starts[::-1]))
+    )
+    num_hashes = query_codes.shape[-1]
+    exponent = hash_code_len - bucket_bits
+    return Buckets(queries, keys, query_ranges, key_ranges, num_hashes, exponent)
+
+
+def means(
+    found: Buckets, *, num_hashes: int, interpret: bool = False
+) -> tuple[Float[Array, "B T N"], Float[Array, "B T N"]]:
+    """As `xla.bucket_means`, by some of the hashes.
+
+    Args:
+      found: from `find`.
+      num_hashes: to use, the first of them.
+      interpret: as of `gradients`.
+    """
+    queries, keys = found.queries, found.keys
+    sums = _sum_up(
+        found,
+        (queries, [queries.lengths]),
+        (keys, [-1 / keys.lengths, jnp.ones_like(keys.lengths)]),
+        num_hashes=num_hashes,
+        means=True,
+        interpret=interpret,
+    )
+    batch, num_tokens, heads, _ = queries.tokens.shape
+    count, total = jnp.moveaxis(sums, 2, 0).sum(1).reshape(2, batch, heads, num_tokens)
+    count, total = (jnp.swapaxes(x, 1, 2) for x in (count, total))
+    if queries.mask is not None:  # nothing was stored for those
+        count, total = (jnp.where(queries.mask[..., None], x, 0) for x in (count, total))
+    return total / jnp.where(count > 0, count, 1), count / num_hashes
+
+
+def gradients(
+    found: Buckets,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    shift: Float[Array, "B T N"] | None,
+    *,
+    hash_code_len: int,
+    dense: Callable[[], tuple[Array, Array]] | None = None,
+    call: Call | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"]]:
+    """As `xla.bucketed_gradients`, in the dtype of the values.
+
+    Args:
+      found: from `find`, for these queries and keys.
+      query: as of `find`.
+      key: as of `find`.
+      shift: as of `xla.expected_gradients`, float32 or None.
+      hash_code_len: as of `find`.
       dense: computes the gradients of the expectation, which are taken where buckets are so uneven
         that they have as much work. Without it they are always those of the buckets.
-      call: what runs the programs; the GPU by default.
+      call: as of `find`.
       interpret: run the sums by Pallas' interpreter, which needs no GPU, and report races; with a
         `call` that needs none, either.
     """
-    if call is None:
-        from yoso_jax.kernels.mosaic_gpu.lane_mosaic import call  # loads JAX's GPU dialects
-    make_side = functools.partial(_make_side, bucket_bits=bucket_bits, call=call)
-    queries = make_side(query_codes, query, rows, query_mask, shift)
-    keys = make_side(key_codes, key, value, key_mask)
-    num_hashes = query_codes.shape[-1]
-    arrays = query_codes, key_codes, query, key, value, query_mask, key_mask, rows
-    starts = [sorting.find_buckets(x.words, x.layout, call=call) for x in (queries, keys)]
-    ranges = [
-        sorting.find_tiles(mine, others, side.layout, call=call)
-        for side, mine, others in ((queries, *starts), (keys, *starts[::-1]))
-    ]
-
-    def sum_up(side: Side, other: Side, mine: Array) -> Array:
-        plan = _plan(
-            side.tokens,
-            side.rows.shape[-1],
-            side.layout,
-            other.layout,
-            num_hashes=num_hashes,
-            exponent=hash_code_len - bucket_bits,
-            shift=None if shift is None else "rows" if side is queries else "columns",
-        )
-        numbers, scales = [side.lengths], -1 / other.lengths
-        if side.shifts is not None:
-            numbers.append(side.shifts)
-        other_numbers = [scales]
-        if other.shifts is not None:
-            other_numbers.append(scales * other.shifts)
-        return _kernel(plan, np.dtype(query.dtype), interpret)(
-            side.tokens,
-            side.rows,
-            side.words,
-            jnp.stack(numbers, axis=1),
-            other.tokens,
-            other.rows,
-            other.words,
-            jnp.stack(other_numbers, axis=1),
-            mine,
-        )
+    call = call or _default_call()
+    queries, keys = found.queries, found.keys
+    ranges = found.query_ranges, found.key_ranges
+    arrays = *ranges, query, key, queries.rows, keys.rows, shift
+    # Of the sums over keys, and of those over queries.
+    own, others = ([queries.lengths], [keys.lengths]), ([-1 / keys.lengths], [-1 / queries.lengths])
+    if shift is not None:
+        shift = jnp.swapaxes(shift, 1, 2).reshape(queries.lengths.shape)
+        own[0].append(shift)
+        others[1].append(others[1][0] * shift)
 
     def of_buckets() -> tuple[Array, Array]:
-        sides = (queries, keys, query, query_mask), (keys, queries, key, key_mask)
         grads = []
-        for (side, other, x, mask), found in zip(sides, ranges, strict=True):
+        for x, mine, other, numbers, other_numbers in zip(
+            (query, key), (queries, keys), (keys, queries), own, others, strict=True
+        ):
+            sums = _sum_up(
+                found,
+                (mine, numbers),
+                (other, other_numbers),
+                num_hashes=found.num_hashes,
+                means=False,
+                interpret=interpret,
+            )
             (grad,) = tangents(
-                sum_up(side, other, found),
-                side.tokens,
-                mask,
+                sums,
+                mine.tokens,
+                mine.mask,
                 # Weights have the sign of the scales.
-                factor=-hash_code_len / 2 / num_hashes,
+                factor=-hash_code_len / 2 / found.num_hashes,
                 call=call,
             )
             # Both branches of the choice below need the same types.
@@ -368,11 +455,50 @@ def bucketed_gradients(
     if dense is None:
         return of_buckets()
     # A tile of one side's sums and a tile of both in `dense` take about the same time.
-    others = jnp.concatenate([(r[..., 3] - r[..., 2]).reshape(-1) for r in ranges])
-    pairs = vary_like(jnp.sum(-(-others // TILE), dtype=jnp.float32), *arrays)
+    tokens = jnp.concatenate([(r[..., 3] - r[..., 2]).reshape(-1) for r in ranges])
+    pairs = vary_like(jnp.sum(-(-tokens // TILE), dtype=jnp.float32), *arrays)
     heads = query.shape[0] * query.shape[2]
     all_pairs = heads * math.prod(-(-x.shape[1] // TILE) for x in (query, key))
     return lax.cond(pairs > all_pairs, dense, of_buckets)
+
+
+def _sum_up(
+    found: Buckets,
+    mine: tuple[Side, list[Array]],
+    others: tuple[Side, list[Array]],
+    *,
+    num_hashes: int,
+    means: bool,
+    interpret: bool,
+) -> Array:
+    """The kernel's sums of one side over the other, each with its numbers of tokens."""
+    (side, numbers), (other, other_numbers) = mine, others
+    is_queries = side is found.queries
+    shift: Literal["rows", "columns"] | None = None
+    if not means and len(numbers) + len(other_numbers) > 2:
+        shift = "rows" if is_queries else "columns"
+    plan = _plan(
+        side.tokens,
+        side.rows.shape[-1],
+        side.layout,
+        other.layout,
+        num_hashes=num_hashes,
+        all_hashes=found.num_hashes,
+        exponent=found.exponent,
+        shift=shift,
+        means=means,
+    )
+    return _kernel(plan, np.dtype(side.tokens.dtype), interpret)(
+        side.tokens,
+        side.rows,
+        side.words,
+        jnp.stack(numbers, axis=1),
+        other.tokens,
+        other.rows,
+        other.words,
+        jnp.stack(other_numbers, axis=1),
+        found.query_ranges if is_queries else found.key_ranges,
+    )
 
 
 def _plan(
@@ -382,18 +508,22 @@ def _plan(
     other_layout: Words,
     *,
     num_hashes: int,
+    all_hashes: int,
     exponent: int,
     shift: Literal["rows", "columns"] | None,
+    means: bool,
 ) -> Plan:
     batch, _, heads, head_dim = tokens.shape
     return Plan(
         batch=batch,
         heads=heads,
         num_hashes=num_hashes,
+        all_hashes=all_hashes,
         head_dim=-(-head_dim // 16) * 16,
         value_dim=-(-value_dim // 16) * 16,
         exponent=exponent,
         shift=shift,
+        means=means,
         layout=layout,
         other_layout=other_layout,
     )
@@ -404,7 +534,6 @@ def _make_side(
     tokens: Array,
     rows: Array,
     mask: Array | None,
-    shift: Array | None = None,
     *,
     bucket_bits: int,
     call: Call,
@@ -418,8 +547,8 @@ def _make_side(
     return Side(
         _pad_columns(tokens),
         _pad_columns(rows),
+        mask,
         tiles.token_lengths(tokens),
-        None if shift is None else jnp.swapaxes(shift, 1, 2).reshape(-1, num_tokens),
         sorting.sort(words, layout, call=call),
         layout,
     )
@@ -427,3 +556,9 @@ def _make_side(
 
 def _pad_columns(x: Array) -> Array:
     return jnp.pad(x, [(0, 0)] * 3 + [(0, -x.shape[-1] % 16)])
+
+
+def _default_call() -> Call:
+    from yoso_jax.kernels.mosaic_gpu.lane_mosaic import call  # loads JAX's GPU dialects
+
+    return call

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,9 +18,6 @@ from yoso_jax.kernels.mosaic_gpu.expectation_backward import gradients
 from yoso_jax.kernels.mosaic_gpu.expectation_tiles import MAX_DIM
 from yoso_jax.kernels.mosaic_gpu.tangents import COLUMNS, tangents
 from yoso_jax.kernels.mosaic_gpu.varying import vary_like
-
-# Of ones that are summed up: the fewest that are a word of 32 bits.
-_COUNT_COLUMNS = 2
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["codes"], meta_fields=[])
@@ -121,76 +119,48 @@ def sampled_backward(
         raise NotImplementedError(f"mosaic_gpu kept no {type(kept).__name__}.")
     hashes = Hashes(projection, hash_code_len)
     args = query, key, value, query_mask, key_mask
-    rows, shift = grad_out, None
-    if unit is not None and norm is not None:
-        if backward == "sampled":
+    codes = kept.codes or (hashes.codes(query, filler=0), hashes.codes(key, filler=1))
+    batch, _, heads, _ = query.shape
+    bits = dict(hash_code_len=hash_code_len)
+
+    def plain(num_hashes: int) -> list[Array]:
+        options = dict(num_hashes=num_hashes, hash_code_len=hash_code_len)
+        return [plain_codes(x, **options).reshape(batch, heads, -1, num_hashes) for x in codes]
+
+    if backward == "sampled":
+        if unit is not None and norm is not None:
             (grad_out,) = _before_normalizing(grad_out, unit, norm)
-        else:
-            options = dict(num_hashes=hashes.number)
+        args = *args, grad_out
+        grads = xla.surrogate_gradients(xla.Codes(*plain(hashes.number)), *args, **bits)[:2]
+    else:
+        rows, shift, options = grad_out, None, dict(num_hashes=hashes.number)
+        if unit is not None and norm is not None:
             scale = effects.collision_scales(unit, norm, value, key_mask, **options)
             grad_out, rows = _before_normalizing(grad_out, unit, norm, 1 / scale)
-            shift = _shift(hashes, *args, rows)
-    codes = kept.codes or (hashes.codes(query, filler=0), hashes.codes(key, filler=1))
-    query_codes, key_codes = codes
+        number = min(effects.BALANCE_HASHES, num_backward_hashes)
+        near = _Near(
+            plain(num_backward_hashes if backward == "bucketed" else number),
+            (*args, rows.astype(value.dtype)),
+            bucket_bits=bucket_bits,
+            **bits,
+        )
+        if norm is not None:
+            shift = effects.balance(*near.means(number), norm, value, key_mask, **options)
+        if backward == "bucketed":
+            grads = near.gradients(shift)
+        elif value.dtype == jnp.float32:
+            grads = xla.expected_gradients(*args, rows, shift, **bits)
+        else:
+            grads = _expected_gradients(*args, rows, shift, **bits)
     grad_value = _cumulate(
-        key_codes,
-        query_codes,
+        *codes[::-1],
         grad_out,
         key_mask,
         query_mask,
         num_hashes=hashes.number,
         hash_code_len=hash_code_len,
     )
-    batch, _, heads, _ = query.shape
-
-    def plain(arranged: Array, num_hashes: int) -> Array:
-        options = dict(num_hashes=num_hashes, hash_code_len=hash_code_len)
-        return plain_codes(arranged, **options).reshape(batch, heads, -1, num_hashes)
-
-    options = dict(hash_code_len=hash_code_len)
-    if backward == "bucketed":
-        grads = _bucketed_gradients(
-            plain(query_codes, num_backward_hashes),
-            plain(key_codes, num_backward_hashes),
-            *args,
-            rows,
-            shift,
-            hash_code_len=hash_code_len,
-            bucket_bits=bucket_bits,
-        )
-        return *grads, grad_value
-    if backward == "sampled":
-        collided = xla.Codes(*(plain(x, hashes.number) for x in (query_codes, key_codes)))
-        grads = xla.surrogate_gradients(collided, *args, grad_out, **options)
-        return *grads[:2], grad_value
-    if value.dtype == jnp.float32:
-        grads = xla.expected_gradients(*args, rows, shift, **options)
-    else:
-        grads = _expected_gradients(*args, rows, shift, **options)
     return *grads, grad_value
-
-
-def _shift(
-    hashes: Hashes,
-    query: Array,
-    key: Array,
-    value: Array,
-    query_mask: Array | None,
-    key_mask: Array | None,
-    rows: Array,
-) -> Array:
-    """The shift of `xla.expected_gradients`."""
-    code_len = hashes.hash_code_len
-    other = Hashes(effects.other_projection(hashes.projection, code_len), code_len)
-    codes = other.codes(query, filler=0), other.codes(key, filler=1)
-    sums, counts = (
-        _cumulate(*codes, x, query_mask, key_mask, num_hashes=other.number, hash_code_len=code_len)
-        for x in (value, jnp.ones((*value.shape[:-1], _COUNT_COLUMNS), value.dtype))
-    )
-    options = dict(num_others=other.number)
-    shift = effects.balance(rows, value, key_mask, sums, counts[..., 0], **options)
-    # XLA would transpose the rows it sums up, in place of the sums: 160 us, not 40.
-    return jax.lax.optimization_barrier(shift)
 
 
 def expectation(
@@ -260,23 +230,50 @@ def _expected_gradients(*args: Any, hash_code_len: int) -> tuple[Array, Array]:
     return _gradients(*inputs, rows.astype(inputs[2].dtype), shift, **options)[:2]
 
 
-def _bucketed_gradients(
-    query_codes: Array, key_codes: Array, *args: Any, bucket_bits: int, **options: Any
-) -> tuple[Array, Array]:
-    """As `xla.bucketed_gradients`, which also takes what the kernels do not."""
-    codes = query_codes, key_codes
-    query, _, value, *_, rows, shift = args
-    if not buckets.is_supported(query, value, bucket_bits):
-        return xla.bucketed_gradients(*codes, *args, **options, bucket_bits=bucket_bits)
+class _Near:
+    """What is in the same buckets, by kernels or, where there are none, by `xla`.
 
-    def dense() -> tuple[Array, Array]:
-        grads = _expected_gradients(*args, **options)
-        return jax.tree.map(lambda x: vary_like(x, *args, *codes), grads)
+    Args:
+      codes: of queries and of keys.
+      args: query, key, value, their masks, and rows in the dtype of `value`.
+      hash_code_len: bits of a hash.
+      bucket_bits: bits of a bucket.
+    """
 
-    args = *args[:-2], rows.astype(value.dtype), shift
-    return buckets.bucketed_gradients(
-        *codes, *args, **options, bucket_bits=bucket_bits, dense=dense
-    )
+    def __init__(
+        self, codes: Sequence[Array], args: tuple[Any, ...], *, hash_code_len: int, bucket_bits: int
+    ) -> None:
+        self._args = args
+        self._options = dict(hash_code_len=hash_code_len, bucket_bits=bucket_bits)
+        self._codes = codes
+        query, _, value, *_ = args
+        self._found = None
+        if buckets.is_supported(query, value, bucket_bits):
+            self._found = buckets.find(*codes, *args, **self._options)
+
+    def means(self, num_hashes: int) -> tuple[Array, Array]:
+        """As `xla.bucket_means`, by the first of the hashes."""
+        if self._found is None:
+            some: Any = (x[..., :num_hashes] for x in self._codes)
+            return xla.bucket_means(*some, *self._args, **self._options)
+        if self._options["bucket_bits"] == 0:
+            num_hashes = 1  # one bucket, whatever the hash
+        found = buckets.means(self._found, num_hashes=num_hashes)
+        return jax.tree.map(lambda x: vary_like(x, *self._args, *self._codes), found)
+
+    def gradients(self, shift: Array | None) -> tuple[Array, Array]:
+        """As `xla.bucketed_gradients`."""
+        if self._found is None:
+            args: Any = *self._codes, *self._args, shift
+            return xla.bucketed_gradients(*args, **self._options)
+        options = dict(hash_code_len=self._options["hash_code_len"])
+
+        def dense() -> tuple[Array, Array]:
+            grads = _expected_gradients(*self._args, shift, **options)
+            return jax.tree.map(lambda x: vary_like(x, *self._args, *self._codes), grads)
+
+        query, key, *_ = self._args
+        return buckets.gradients(self._found, query, key, shift, **options, dense=dense)
 
 
 def _check_expectation(query: Array, value: Array) -> None:
