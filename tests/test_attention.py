@@ -50,32 +50,23 @@ def dense(
     q, k, v = (jnp.swapaxes(x.astype(jnp.float32), 1, 2) for x in (query, key, value))
     unit_q, unit_k = l2_normalize(q), l2_normalize(k)
     expectation = reference.expectation_weights(unit_q, unit_k, hash_code_len=hash_code_len)
-    weights = near = expectation
+    weights = expectation
     if num_hashes is not None:
         projection = sample_projection(
             RNG, q.shape[:2], q.shape[-1], num_hashes=num_hashes, hash_code_len=hash_code_len
         )
         codes = [hash_codes(x, projection, hash_code_len=hash_code_len) for x in (q, k)]
         weights = reference.collision_weights(*codes)
-        near = reference.bucketed_weights(
-            *(x[..., :2] for x in codes),
-            unit_q,
-            unit_k,
-            hash_code_len=hash_code_len,
-            bucket_bits=max(0, (max(q.shape[2], k.shape[2]) // 256).bit_length() - 1),
-        )
     is_other = num_hashes is not None and backward != "sampled"
     slope = expectation if is_other else weights
     cosine = jnp.einsum("bnth,bnsh->bnts", unit_q, unit_k, precision="highest")
     if mask is not None:
-        weights, slope, near = (
-            jnp.where(mask[:, None, None, :], x, 0) for x in (weights, slope, near)
-        )
+        weights, slope = (jnp.where(mask[:, None, None, :], x, 0) for x in (weights, slope))
     if query_mask is not None:
         weights, slope = (jnp.where(query_mask[:, None, :, None], x, 0) for x in (weights, slope))
     options: dict[str, Any] = dict(hash_code_len=hash_code_len)
     if is_other:
-        options |= dict(num_hashes=num_hashes, key_mask=mask, near=near)
+        options |= dict(num_hashes=num_hashes, key_mask=mask)
     return jnp.swapaxes(unit_rows(weights, slope, cosine, v, **options), 1, 2)
 
 

@@ -13,6 +13,9 @@ BACKWARDS = ("sampled", "expectation", "bucketed")
 # Tokens a bucket should have at least, on average. Of the same number of pairs, fewer hashes of
 # larger buckets are less noisy, have less to sort and to sum up, and their tiles are fuller.
 _BUCKET_TOKENS = 256
+# So few tokens are looked at in one bucket, if gradients are over all pairs: only what these are
+# balanced by is over those that share a bucket, and there the pairs of buckets are hardly fewer.
+_FEW_TOKENS = 2048
 # With 4, associative recall of 1,024 tokens and a masked language model of 4,096 trained as with
 # the expectation, by the gradients before those of today (docs/gradients.md). With 3 of today's
 # recall does, and the language model is behind.
@@ -85,7 +88,8 @@ def plan(
     Args:
       backward: the kind; None for the fastest.
       num_backward_hashes: None for at most 4 of them.
-      bucket_bits: None for buckets of 256 to 511 tokens, where they are even.
+      bucket_bits: None for buckets of 256 to 511 tokens, where they are even, or for one bucket of
+        less than 2,048 if gradients are over all pairs.
       num_hashes: hashes of the forward pass.
       hash_code_len: bits of a hash.
       num_tokens: the number of queries or of keys, whichever is larger.
@@ -106,7 +110,8 @@ def plan(
         )
     if bucket_bits is None:
         filled = (num_tokens // _BUCKET_TOKENS).bit_length() - 1
-        bucket_bits = max(0, min(filled, hash_code_len))
+        is_one = backward == "expectation" and num_tokens < _FEW_TOKENS
+        bucket_bits = 0 if is_one else max(0, min(filled, hash_code_len))
     if backward == "bucketed" and bucket_bits == 0:
         backward = "expectation"  # there is one bucket, whatever the hash
     return BackwardPlan(backward, num_backward_hashes, bucket_bits)

@@ -390,19 +390,25 @@ def bucket_means(
     bucket_bits: int,
 ) -> tuple[Float[Array, "B T N"], Float[Array, "B T N"]]:
     """As `buckets.bucket_means`, of `rows` that are those of `expected_gradients`."""
-    if bucket_bits == 0:  # one bucket, whatever the hash
-        query_codes, key_codes = query_codes[..., :1], key_codes[..., :1]
-    means = buckets.bucket_means(
-        query_codes,
-        key_codes,
-        _unit(query, query_mask),
-        _unit(key, key_mask),
-        heads_first(value, key_mask),
-        heads_first(rows, query_mask),
-        *(_by_head(mask, query.shape[2]) for mask in (query_mask, key_mask)),
-        hash_code_len=hash_code_len,
-        bucket_bits=bucket_bits,
-    )
+    unit_query, unit_key = _unit(query, query_mask), _unit(key, key_mask)
+    value, rows = heads_first(value, key_mask), heads_first(rows, query_mask)
+    masks = [_by_head(mask, query.shape[2]) for mask in (query_mask, key_mask)]
+    if bucket_bits == 0:  # all pairs, whatever the hash
+        ones = jnp.ones((*value.shape[:-1], 1), value.dtype)
+        if masks[1] is not None:
+            ones = mask_rows(ones, masks[1])
+        probability = collisions.probability_fn(hash_code_len)
+        values = jnp.concatenate([value, ones], axis=-1)
+        sums = blocked.attend(probability, unit_query, unit_key, values)
+        if masks[0] is not None:
+            sums = mask_rows(sums, masks[0])
+        count = sums[..., -1]
+        total = jnp.sum(rows * sums[..., :-1], axis=-1)
+        means = total / jnp.where(count > 0, count, 1), count
+    else:
+        args = query_codes, key_codes, unit_query, unit_key, value, rows, *masks
+        options = dict(hash_code_len=hash_code_len, bucket_bits=bucket_bits)
+        means = buckets.bucket_means(*args, **options)
     mean, count = (jnp.swapaxes(x, 1, 2) for x in means)
     return mean, count
 
