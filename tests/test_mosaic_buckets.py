@@ -1,6 +1,8 @@
 """Gradients by buckets: gathering in NumPy, the whole interpreted, for CUDA, and on a GPU."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,15 +69,19 @@ def test_tokens_are_gathered_and_scattered(columns, count, by_column):
             lane, own, row_tile, target, count=counted, columns=row_columns, **options
         )
         outputs[2].at(thread, 4).store(copies.at(thread, 4).load())
+        bucket_tiles.scatter_numbers(lane, own, copies, outputs[3], count=counted, layout=layout)
 
     out = (
         jax.ShapeDtypeStruct(tokens.shape, np.int16),
         jax.ShapeDtypeStruct(rows.shape, np.int16),
         jax.ShapeDtypeStruct((2, TILE), np.float32),
+        jax.ShapeDtypeStruct(numbers.shape, np.float32),
     )
     shared_bytes = tile_bytes + row_bytes + 12 * TILE
     program = Program("test", body, out, 1, 1, shared_bytes=shared_bytes, incomplete=True)
-    scattered, scattered_rows, known = lane_numpy.call(program, words, tokens, rows, numbers)
+    results = lane_numpy.call(program, words, tokens, rows, numbers)
+    scattered, scattered_rows, known, scattered_numbers = results
+    np.testing.assert_array_equal(scattered_numbers[:, order[:count]], known[:, :count])
     if by_column:
         known = np.asarray(tiles.from_column_order(jnp.asarray(known)))
     # Beyond the count the last one is repeated, but by column there are zeros.
@@ -87,6 +93,63 @@ def test_tokens_are_gathered_and_scattered(columns, count, by_column):
     others = np.setdiff1d(np.arange(num_tokens), order[:count])
     assert not (scattered[others, 1] == tokens[others, 1]).all(axis=-1).any()
     np.testing.assert_array_equal(scattered_rows[order[:count], 1], rows[order[:count], 1])
+
+
+@dataclasses.dataclass
+class ThreadTile:
+    """What a thread of a warpgroup has of tiles of 64 rows and 32 columns, stored by columns.
+
+    Attributes:
+      lane: the thread.
+      first: the first of its two rows.
+      rows: for each register of a matrix product, 0 or 1 of these.
+      columns: for each register.
+    """
+
+    lane: lane_numpy.NumpyLane
+    first: Any = dataclasses.field(init=False)
+    rows: list[int] = dataclasses.field(init=False)
+    columns: list[Any] = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        thread = self.lane.thread_id()
+        self.first = (thread >> 5) * 16 + ((thread >> 2) & 7)
+        place = [(j, r, c) for j in range(4) for r in range(2) for c in range(2)]
+        self.rows = [r for _, r, _ in place]
+        self.columns = [self.lane.i32(8 * j + c) + (thread & 3) * 2 for j, _, c in place]
+
+    def _at(self, pointer, column):
+        return pointer.at(column * 64 + self.first, 4)
+
+    def load(self, pointer):
+        return [
+            self.lane.bitcast_f32(self._at(pointer, column).load(1, 32 * row)[0])
+            for column, row in zip(self.columns, self.rows, strict=True)
+        ]
+
+    def load_rows(self, pointer, number):
+        """Some numbers of both rows."""
+        return [
+            [
+                self.lane.bitcast_f32(self._at(pointer, self.lane.i32(i)).load(1, 32 * row)[0])
+                for row in range(2)
+            ]
+            for i in range(number)
+        ]
+
+    def store(self, pointer, values):
+        for column, row, value in zip(self.columns, self.rows, values, strict=False):
+            self._at(pointer, column).store([self.lane.bitcast_i32(value)], 32 * row)
+
+
+def share_columns(lane, source, shared):
+    """Two numbers of 32 columns to where kernels have them."""
+    thread = lane.thread_id()
+    with lane.when(thread < 32):
+        for i in range(2):
+            word = source.at(thread, 4).load(1, 128 * i)
+            shared.at(thread, 4).at(i, 4 * TILE).store(word)
+    lane.barrier()
 
 
 @pytest.mark.parametrize("exponent", [0, 6])
@@ -107,35 +170,18 @@ def test_weights_of_a_tile(exponent, shift, unchecked_shapes):
     scores = cosine * lengths[:, None] * column_lengths
 
     def body(lane, inputs, outputs, shared, _):
-        thread = lane.thread_id()
-        with lane.when(thread < 32):
-            for i in range(2):
-                word = inputs[2].at(thread, 4).load(1, 128 * i)
-                shared.at(thread, 4).at(i, 4 * TILE).store(word)
-        lane.barrier()
-        first = (thread >> 5) * 16 + ((thread >> 2) & 7)
-        # In the order of a matrix product's registers.
-        place = [(j, r, c) for j in range(4) for r in range(2) for c in range(2)]
-        column = [lane.i32(8 * j + c) + (thread & 3) * 2 for j, _, c in place]
-
-        def load(pointer, column, row):
-            return lane.bitcast_f32(pointer.at(column * 64 + first, 4).load(1, 32 * row)[0])
-
-        def tile(pointer):
-            return [load(pointer, x, r) for x, (_, r, _) in zip(column, place, strict=True)]
-
-        values = [[load(inputs[3], lane.i32(i), r) for r in range(2)] for i in range(len(rows))]
+        share_columns(lane, inputs[2], shared)
+        tile = ThreadTile(lane)
         out = bucket_tiles.weights(
             lane,
-            tile(inputs[0]),
-            tile(inputs[1]),
-            values,
+            tile.load(inputs[0]),
+            tile.load(inputs[1]),
+            tile.load_rows(inputs[3], len(rows)),
             shared,
             chain,
             shift,
         )
-        for each, (_, r, _), value in zip(column, place, out, strict=True):
-            outputs[0].at(each * 64 + first, 4).store([lane.bitcast_i32(value)], 32 * r)
+        tile.store(outputs[0], out)
 
     out = jax.ShapeDtypeStruct((32, 64), jnp.float32)
     program = Program(
@@ -153,6 +199,42 @@ def test_weights_of_a_tile(exponent, shift, unchecked_shapes):
         products = products + (shifts[:, None] if shift == "rows" else shifts)
     expected = expected * products / -column_lengths
     np.testing.assert_allclose(out.T, expected, rtol=3e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("exponent", [0, 6])
+def test_means_of_a_tile(exponent, unchecked_shapes):
+    """Sums of weights and of weighted products, added to those of another tile."""
+    rng = np.random.default_rng(0)
+    lengths = np.exp(rng.uniform(-1, 1, 64)).astype(np.float32)
+    column_lengths = np.exp(rng.uniform(-1, 1, 32)).astype(np.float32)
+    cosine, products = rng.uniform(-0.7, 0.7, (64, 32)), rng.standard_normal((64, 32))
+    ones = (np.arange(32) < 29).astype(np.float32)
+    chain = collision_chain(exponent)
+    rows = np.stack(tiles.row_values(jnp.asarray(lengths), chain))
+    columns = np.stack([-1 / column_lengths, ones])
+    scores = cosine * lengths[:, None] * column_lengths
+
+    def body(lane, inputs, outputs, shared, _):
+        share_columns(lane, inputs[2], shared)
+        tile = ThreadTile(lane)
+        sums = [lane.f32(1)] * 4, [lane.f32(2)] * 4
+        args = tile.load(inputs[0]), tile.load(inputs[1]), tile.load_rows(inputs[3], 2)
+        found = bucket_tiles.add_to_means(lane, *args, shared, chain, sums)
+        for output, parts in zip(outputs, found, strict=True):
+            tile.store(output, parts)
+
+    # Of eight columns, which a thread has two of in each of its rows.
+    out = (jax.ShapeDtypeStruct((8, 64), jnp.float32),) * 2
+    program = Program("means", body, out, num_blocks=1, num_warpgroups=1, shared_bytes=8 * TILE)
+    counts, totals = lane_numpy.call(
+        program,
+        *(np.ascontiguousarray(x.T, np.float32) for x in (scores, products)),
+        np.asarray(tiles.in_column_order(jnp.asarray(columns))),
+        rows,
+    )
+    weights = (1 - np.arccos(cosine) / np.pi) ** exponent * ones
+    np.testing.assert_allclose(counts.sum(0), 8 + weights.sum(1), rtol=1e-3)
+    np.testing.assert_allclose(totals.sum(0), 16 + (weights * products).sum(1), rtol=1e-2)
 
 
 SHAPES = [
