@@ -84,10 +84,11 @@ def yoso_attention(
         fastest for the shapes and JAX's default device, as measured; of two about as fast the less
         noisy.
       num_backward_hashes: hashes that "bucketed" uses, 1 to `num_hashes`; None for at most 4.
-        More hashes, less noise and more time. Other kinds ignore it, as they do `bucket_bits`.
+        More hashes, less noise and more time. "expectation" uses the first two, and `bucket_bits`
+        of them, to balance the gradients of normalised rows; "sampled" ignores both.
       bucket_bits: bits that "bucketed" compares, 0 to `hash_code_len`; None for buckets of 256 to
-        511 of the T queries or S keys, whichever are more. Fewer bits, more pairs: more time and
-        less noise; 0 is the expectation.
+        511 of the T queries or S keys, whichever are more (and one bucket of less than 2,048 for
+        "expectation"). Fewer bits, more pairs: more time and less noise; 0 is the expectation.
       normalize: divide each row of the result by its l2 norm.
       implementation: "mosaic_gpu", kernels for NVIDIA's Hopper GPUs; "xla", plain JAX for every
         device; a sequence of names to try in order; or None for the best that applies. With None
