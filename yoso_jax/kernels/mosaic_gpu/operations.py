@@ -137,7 +137,8 @@ def sampled_backward(
         if unit is not None and norm is not None:
             scale = effects.collision_scales(unit, norm, value, key_mask, **options)
             grad_out, rows = _before_normalizing(grad_out, unit, norm, 1 / scale)
-        number = min(effects.BALANCE_HASHES, num_backward_hashes)
+        # Without bits there is one bucket, whatever the hash.
+        number = min(effects.BALANCE_HASHES, num_backward_hashes) if bucket_bits else 1
         near = _Near(
             plain(num_backward_hashes if backward == "bucketed" else number),
             (*args, rows.astype(value.dtype)),
@@ -246,18 +247,19 @@ class _Near:
         self._args = args
         self._options = dict(hash_code_len=hash_code_len, bucket_bits=bucket_bits)
         self._codes = codes
-        query, _, value, *_ = args
-        self._found = None
-        if buckets.is_supported(query, value, bucket_bits):
-            self._found = buckets.find(*codes, *args, **self._options)
+
+    @functools.cached_property
+    def _found(self) -> buckets.Buckets | None:
+        query, _, value, *_ = self._args
+        if not buckets.is_supported(query, value, self._options["bucket_bits"]):
+            return None
+        return buckets.find(*self._codes, *self._args, **self._options)
 
     def means(self, num_hashes: int) -> tuple[Array, Array]:
         """As `xla.bucket_means`, by the first of the hashes."""
         if self._found is None:
             some: Any = (x[..., :num_hashes] for x in self._codes)
             return xla.bucket_means(*some, *self._args, **self._options)
-        if self._options["bucket_bits"] == 0:
-            num_hashes = 1  # one bucket, whatever the hash
         found = buckets.means(self._found, num_hashes=num_hashes)
         return jax.tree.map(lambda x: vary_like(x, *self._args, *self._codes), found)
 
