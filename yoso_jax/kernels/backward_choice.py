@@ -17,8 +17,8 @@ _BUCKET_TOKENS = 256
 # balanced by is over those that share a bucket, and there the pairs of buckets are hardly fewer.
 _FEW_TOKENS = 2048
 # With 4, associative recall of 1,024 tokens and a masked language model of 4,096 trained as with
-# the expectation, by the gradients before those of today (docs/gradients.md). With 3 of today's
-# recall does, and the language model is behind.
+# the expectation, by earlier gradients (docs/gradients.md). With 3 of today's both are behind, with
+# 8 the language model is not.
 _HASHES = 4
 
 
@@ -49,8 +49,8 @@ CROSSOVERS = {
         "H200, jax 0.11.2, bfloat16, H = 64, normalised rows, forward and backward pass by "
         "mosaic_gpu: the expectation's time is 1.3 times the buckets' at 4,096, 3.7 at 16,384, and "
         "1.8 and 5.2 times that of 2 hashes (benchmarks/results/expectation_backward.json, "
-        "bucketed_4_hashes.json, bucketed.json), without the hashes of the balance; 1.46 and 3.9 "
-        "times that of 3 hashes with them (bucketed_3_hashes.json)",
+        "bucketed_4_hashes.json, bucketed.json), the buckets' without their balance; 1.4 and 3.7 "
+        "times that of 3 hashes with it (benchmarks/NOTES.md)",
     ),
     # Not measured: to be replaced when it is.
     "tpu": Crossover(8192, "a cautious guess"),
