@@ -293,7 +293,7 @@ def test_all_bits_of_all_hashes_are_the_sampled_gradients():
         (
             8192,
             dict(backward=None, num_backward_hashes=None, bucket_bits=None),
-            dict(num_backward_hashes=4, bucket_bits=4),
+            dict(num_backward_hashes=5, bucket_bits=4),
         ),
     ],
 )
@@ -424,9 +424,9 @@ def plan(backward="bucketed", num_backward_hashes=None, bucket_bits=None, **opti
 
 
 def test_defaults():
-    assert plan() == backward_choice.BackwardPlan("bucketed", 4, 4)
+    assert plan() == backward_choice.BackwardPlan("bucketed", 8, 4)
     assert plan(num_hashes=1, num_tokens=2**20).num_hashes == 1
-    assert plan(num_tokens=4095) == backward_choice.BackwardPlan("bucketed", 4, 3)
+    assert plan(num_tokens=4095) == backward_choice.BackwardPlan("bucketed", 8, 3)
     bits = {n: plan(num_tokens=n).bucket_bits for n in (512, 1023, 1024, 16384, 2**17, 2**20)}
     assert bits == {512: 1, 1023: 1, 1024: 2, 16384: 6, 2**17: 9, 2**20: 9}
     # One bucket holds all pairs, whatever the hash.

@@ -169,7 +169,7 @@ def test_json_is_made_and_added_to(
     expected |= {"tested_step": 4, "test_f1": 0.25, "validation": [[2, 1.0, 0.7]]}
     expected |= {"steps_per_s": 15.0, "input_wait": 0.01, "device": "NVIDIA H100"}
     assert expected.items() <= row.items()
-    assert (row["n"], row["num_backward_hashes"], row["bucket_bits"]) == (2048, 4, 3)
+    assert (row["n"], row["num_backward_hashes"], row["bucket_bits"]) == (2048, 8, 3)
     assert row["date"] == "1970-01-01T02:00:00+00:00"
 
     (sampled / "results.json").write_text('{"step": 4, "test_f1": 0.5}')

@@ -83,7 +83,7 @@ def yoso_attention(
         each weighted by the probability that the other bits agree; in linear time. None: the
         fastest for the shapes and JAX's default device, as measured; of two about as fast the less
         noisy.
-      num_backward_hashes: hashes that "bucketed" uses, 1 to `num_hashes`; None for at most 4.
+      num_backward_hashes: hashes that "bucketed" uses, 1 to `num_hashes`; None for at most 8.
         More hashes, less noise and more time. "expectation" uses the first two, and `bucket_bits`
         of them, to balance the gradients of normalised rows; "sampled" ignores both.
       bucket_bits: bits that "bucketed" compares, 0 to `hash_code_len`; None for buckets of 256 to

@@ -82,8 +82,7 @@ class EncoderConfig(Validated):
     """`backward` of `yoso_attention` when sampling; None for what `lsh_backward` says, "auto" for
     what is fastest. "bucketed" needs unbiased hashes, so no fast ones of layout "block"."""
     num_backward_hashes: int | None = None
-    """Hashes that "bucketed" uses, >= 1 and at most `num_hash` of them; None for up to 2, or up to
-    4 below 4,096 tokens."""
+    """Hashes that "bucketed" uses, >= 1 and at most `num_hash` of them; None for up to 8."""
     bucket_bits: int | None = None
     """Bits of a hash that "bucketed" compares, 0..`hash_code_len`; None for what the length of the
     sequence asks for."""

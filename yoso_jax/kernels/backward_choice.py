@@ -16,15 +16,14 @@ _BUCKET_TOKENS = 256
 # So few tokens are looked at in one bucket, if gradients are over all pairs: only what these are
 # balanced by is over those that share a bucket, and there the pairs of buckets are hardly fewer.
 _FEW_TOKENS = 2048
-# With 4, associative recall of 1,024 tokens and a masked language model of 4,096 trained as with
-# the expectation, by earlier gradients (docs/gradients.md). With 3 of today's both are behind, with
-# 8 the language model is not.
-_HASHES = 4
+# With 8 a masked language model and recall of 4,096 tokens train as with the expectation; with 3
+# the language model is 10 % behind in perplexity (docs/gradients.md).
+_HASHES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Crossover:
-    """Where the buckets of 4 hashes begin to take clearly less time than the expectation.
+    """Where the buckets of 8 hashes begin to take clearly less time than the expectation.
 
     Attributes:
       num_tokens: the larger of the numbers of queries and of keys from which on they do.
@@ -39,18 +38,17 @@ class Crossover:
 CROSSOVERS = {
     "cpu": Crossover(
         6144,
-        "2 cores of an AMD EPYC, jax 0.11.2, H = 64, forward and backward pass, 8 hashes of a "
-        "quarter of the tokens a bucket, which are half as many pairs: the expectation's "
-        "time is 1.1 times the buckets' at 2,048, 1.25 at 3,072, 1.8 at 4,096, 5 at 16,384 "
-        "(benchmarks/results/backward_cpu.json); 'sampled' is never clearly the fastest",
+        "2 cores of an AMD EPYC, jax 0.11.2, float32, H = 64, normalised rows, forward and "
+        "backward pass: the expectation's time is 0.8 times the buckets' at 4,096, 1.6 at 8,192, "
+        "3 at 16,384 (benchmarks/results/backward_cpu.json); 'sampled' is never the fastest",
     ),
     "gpu": Crossover(
-        4096,
+        8192,
         "H200, jax 0.11.2, bfloat16, H = 64, normalised rows, forward and backward pass by "
-        "mosaic_gpu: the expectation's time is 1.3 times the buckets' at 4,096, 3.7 at 16,384, and "
-        "1.8 and 5.2 times that of 2 hashes (benchmarks/results/expectation_backward.json, "
-        "bucketed_4_hashes.json, bucketed.json), the buckets' without their balance; 1.4 and 3.7 "
-        "times that of 3 hashes with it (benchmarks/NOTES.md)",
+        "mosaic_gpu: the expectation's time is 0.95 times the buckets' at 4,096, where these take "
+        "all pairs, too, 1.3 at 8,192, 2.2 at 16,384; 1.4 and 3.8 times that of 3 hashes at 4,096 "
+        "and 16,384 (benchmarks/results/expectation_backward.json, mixed_8192.json, "
+        "bucketed_8_hashes.json, bucketed_3_hashes.json)",
     ),
     # Not measured: to be replaced when it is.
     "tpu": Crossover(8192, "a cautious guess"),
@@ -87,7 +85,7 @@ def plan(
 
     Args:
       backward: the kind; None for the fastest.
-      num_backward_hashes: None for at most 4 of them.
+      num_backward_hashes: None for at most 8 of them.
       bucket_bits: None for buckets of 256 to 511 tokens, where they are even, or for one bucket of
         less than 2,048 if gradients are over all pairs.
       num_hashes: hashes of the forward pass.
