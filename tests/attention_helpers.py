@@ -21,15 +21,13 @@ def draw_codes(*shapes, num_codes):
     return [jnp.asarray(rng.integers(0, num_codes, shape), jnp.int32) for shape in shapes]
 
 
-def unit_rows(
-    weights, slope, cosine, value, *, hash_code_len, num_hashes=None, key_mask=None, near=None
-):
+def unit_rows(weights, slope, cosine, value, *, hash_code_len, num_hashes=None, key_mask=None):
     """Normalised rows of `weights value`, whose derivative by the cosines is that of YOSO.
 
     `t/2 slope` is that of the weights. Where the slope is not that of `num_hashes` hashes
     themselves, but of what they are in expectation, a row moves by what one collision more in one
     of them would do, less the balance: half, and in as much as the row is noise all, of what the
-    mean value would that it collides with, by the weights `near`, or else by those of the slope.
+    mean value would that it collides with, by the weights of the slope.
     """
     weights, slope = jax.lax.stop_gradient((weights, slope))
     total = functools.partial(jnp.einsum, "bnts,bnsd->bntd", precision="highest")
@@ -50,10 +48,9 @@ def unit_rows(
     added = norm * jnp.sum(unit * mean, axis=-1, keepdims=True) / num_hashes
     squared = jnp.maximum(norm**2 + 2 * added + square, jnp.maximum(norm**2, square) / 2)
     share = jnp.clip((added + square) / squared, 0, 1)
-    near = jax.lax.stop_gradient(slope if near is None else near)
-    total_near = jnp.sum(near, axis=-1, keepdims=True)
-    met = total(near, fixed) / jnp.where(total_near > 0, total_near, 1)
-    noise = total_near * square * num_hashes / jnp.where(norm > 0, norm, 1) ** 2
+    count = jnp.sum(slope, axis=-1, keepdims=True)
+    met = total(slope, fixed) / jnp.where(count > 0, count, 1)
+    noise = count * square * num_hashes / jnp.where(norm > 0, norm, 1) ** 2
     part = (1 + jnp.clip(noise, 0, 1)) / 2
     moved = total(change, fixed) - jnp.sum(change, axis=-1, keepdims=True) * part * met
     turn = moved - jnp.sum(moved * unit, axis=-1, keepdims=True) * unit

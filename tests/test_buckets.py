@@ -15,7 +15,7 @@ from run_helpers import fast_compilations
 from yoso_jax import yoso_attention
 from yoso_jax.attention import sampled_attention
 from yoso_jax.hashing import sample_projection
-from yoso_jax.kernels import backward_choice, buckets, collisions, reference
+from yoso_jax.kernels import backward_choice, buckets, collisions, effects, reference
 from yoso_jax.kernels.codes import hash_codes
 from yoso_jax.kernels.xla import l2_normalize
 
@@ -244,7 +244,7 @@ def assert_close(result, expected, tolerance=2e-5):
 
 
 def test_gradients_are_those_of_the_definition():
-    """With the codes of the first hashes, through both normalisations; that of value is exact."""
+    """With the codes of other hashes, through both normalisations; that of value is exact."""
     args = inputs(tokens=70, num_keys=41, value_dim=3)
     mask, query_mask = jnp.arange(41) < jnp.array([[41], [30]]), jnp.arange(70) % 7 > 0
     query_mask = jnp.broadcast_to(query_mask, (2, 70))
@@ -253,19 +253,16 @@ def test_gradients_are_those_of_the_definition():
         query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
         projection = sample_projection(RNG, (2, 2), 8, num_hashes=5, hash_code_len=4)
         codes = [hash_codes(x, projection, hash_code_len=4) for x in (query, key)]
+        others = dict(hash_code_len=4, num_hashes=3, num_bits=2)
+        projection = effects.other_projection(projection, **others)
+        other = [hash_codes(x, projection, hash_code_len=2) for x in (query, key)]
         query, key = l2_normalize(query), l2_normalize(key)
-        slope, near = (
-            reference.bucketed_weights(
-                *(x[..., :number] for x in codes), query, key, hash_code_len=4, bucket_bits=2
-            )
-            for number in (3, 2)
-        )
+        slope = reference.bucketed_weights(*other, query, key, hash_code_len=4, bucket_bits=2)
         cosine = jnp.einsum("bnth,bnsh->bnts", query, key)
         is_pair = mask[:, None, None] & query_mask[:, None, :, None]
         weights = jnp.where(is_pair, reference.collision_weights(*codes), 0)
         slope = jnp.where(is_pair, slope, 0)
         options = dict(hash_code_len=4, num_hashes=5, key_mask=mask)
-        options |= dict(near=jnp.where(is_pair, near, 0))
         return jnp.sum(unit_rows(weights, slope, cosine, value, **options) * jnp.arange(3.0))
 
     expected = jax.jit(jax.value_and_grad(definition, argnums=(0, 1, 2)))(*args)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from yoso_jax.attention import sampled_attention
 from yoso_jax.hashing import sample_projection
 from yoso_jax.kernels import xla
 from yoso_jax.kernels.codes import hash_codes
@@ -269,15 +270,14 @@ def draw(num_queries, num_keys, head_dim, value_dim, bits, num_hashes, dtype, ba
     return *codes, query, key, value, grad_out, shift
 
 
-def run_kernels(*args, hash_code_len, bucket_bits, dense=None, call=None, interpret=False):
-    """Gradients of queries and keys, and means and counts by half of the hashes."""
+def run_kernels(*args, hash_code_len, bucket_bits, call=None, interpret=False):
+    """Gradients of queries and keys, and means and counts."""
     *args, shift = args
     options = dict(hash_code_len=hash_code_len, bucket_bits=bucket_bits)
     found = buckets.find(*args, **options, call=call)
-    options = dict(hash_code_len=hash_code_len, dense=dense, call=call, interpret=interpret)
+    options = dict(hash_code_len=hash_code_len, call=call, interpret=interpret)
     grads = buckets.gradients(found, *args[2:4], shift, **options)
-    num_hashes = -(-found.num_hashes // 2)
-    return *grads, *buckets.means(found, num_hashes=num_hashes, interpret=interpret)
+    return *grads, *buckets.means(found, interpret=interpret)
 
 
 @pytest.mark.parametrize(("t", "s", "h", "d", "bits", "bucket_bits", "hashes"), SHAPES)
@@ -331,13 +331,11 @@ def expected(args, **options):
     wide = jax.tree.map(
         lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, args
     )
-    num_hashes = -(-args[0].shape[-1] // 2)
 
     @jax.jit
-    def run(query_codes, key_codes, *others):
-        grads = xla.bucketed_gradients(query_codes, key_codes, *others, **options)
-        codes = (x[..., :num_hashes] for x in (query_codes, key_codes))
-        return *grads, *xla.bucket_means(*codes, *others[:-1], **options)
+    def run(*args):
+        grads = xla.bucketed_gradients(*args, **options)
+        return *grads, *xla.bucket_means(*args[:-1], **options)
 
     return run(*wide)
 
@@ -389,14 +387,22 @@ def test_kernels_agree_with_xla(t, s, h, d, bits, bucket_bits, hashes, masked, s
 
 
 @pytest.mark.gpu
-def test_uneven_buckets_take_the_dense_gradients():
+def test_uneven_buckets_take_the_gradients_over_all_pairs():
     """Where all tokens share a bucket, sums over buckets would take longer."""
-    *args, rows, shift = draw(1024, 1024, 64, 64, 9, 2, jnp.bfloat16)
-    dense = jax.jit(lambda: (args[2] * 0 + 7, args[3] * 0 + 8))()
-    run = functools.partial(run_kernels, hash_code_len=9, bucket_bits=4, dense=lambda: dense)
-    even = jax.jit(run)(*args, None, None, rows, shift)
-    assert not (even[0] == 7).all()
-    args[:2] = [x * 0 + 5 for x in args[:2]]
-    uneven = jax.jit(run)(*args, None, None, rows, shift)
-    assert (uneven[0] == 7).all()
-    assert (uneven[1] == 8).all()
+    *_, query, key, value, grad_out, _ = draw(1024, 1024, 64, 64, 9, 2, jnp.bfloat16)
+    projection = sample_projection(RNG, (2, 2), 64, num_hashes=4, hash_code_len=9)
+
+    @functools.partial(jax.jit, static_argnames="backward")
+    def run(query, key, backward):
+        options = dict(hash_code_len=9, num_backward_hashes=2, bucket_bits=4, normalize=True)
+        options |= dict(backward=backward, implementation="mosaic_gpu")
+        attend = functools.partial(sampled_attention, **options)
+        _, vjp = jax.vjp(attend, query, key, value, projection.astype(query.dtype))
+        return vjp(grad_out)[:2]
+
+    alike = query[:, :1] + query / 256
+    for tokens, is_same in (((alike, alike), True), ((query, key), False)):
+        bucketed, dense = (run(*tokens, backward=x) for x in ("bucketed", "expectation"))
+        for x, y in zip(bucketed, dense, strict=True):
+            x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+            assert (jnp.linalg.norm(x - y) < 1e-2 * jnp.linalg.norm(y)) == is_same

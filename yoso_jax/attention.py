@@ -77,18 +77,17 @@ def yoso_attention(
       key_value_seq_lengths: integers `[B]`; keys from this position on are masked.
       hash_fn: "gaussian" projections, or "fast" ones of random signs and Hadamard transforms.
       bit_layout: "spread" (unbiased) or "block" (as published), with `hash_fn="fast"`.
-      backward: gradients of query and key of a sampled forward pass. "sampled": over the pairs that
-        collide in the same hashes. "expectation": over all pairs, in quadratic time, with the least
-        noise. "bucketed": over the pairs that collide in the first bits of some of the same hashes,
-        each weighted by the probability that the other bits agree; in linear time. None: the
-        fastest for the shapes and JAX's default device, as measured; of two about as fast the less
-        noisy.
+      backward: gradients of query and key of a sampled forward pass. "sampled": over the pairs
+        that collide in the same hashes. "expectation": over all pairs, in quadratic time, with the
+        least noise. "bucketed": over the pairs that collide in the first bits of some hashes, each
+        weighted by the probability that the other bits agree; in linear time. None: the fastest
+        for the shapes and JAX's default device, as measured; of two about as fast the less noisy.
       num_backward_hashes: hashes that "bucketed" uses, 1 to `num_hashes`; None for at most 8.
-        More hashes, less noise and more time. "expectation" uses the first two, and `bucket_bits`
-        of them, to balance the gradients of normalised rows; "sampled" ignores both.
+        More hashes, less noise and more time. They are the first of the forward pass; for
+        normalised rows others, since the cotangents of these know the noise of their own.
       bucket_bits: bits that "bucketed" compares, 0 to `hash_code_len`; None for buckets of 256 to
-        511 of the T queries or S keys, whichever are more (and one bucket of less than 2,048 for
-        "expectation"). Fewer bits, more pairs: more time and less noise; 0 is the expectation.
+        511 of the T queries or S keys, whichever are more. Fewer bits, more pairs: more time and
+        less noise; 0 is the expectation.
       normalize: divide each row of the result by its l2 norm.
       implementation: "mosaic_gpu", kernels for NVIDIA's Hopper GPUs; "xla", plain JAX for every
         device; a sequence of names to try in order; or None for the best that applies. With None

@@ -13,9 +13,6 @@ BACKWARDS = ("sampled", "expectation", "bucketed")
 # Tokens a bucket should have at least, on average. Of the same number of pairs, fewer hashes of
 # larger buckets are less noisy, have less to sort and to sum up, and their tiles are fuller.
 _BUCKET_TOKENS = 256
-# So few tokens are looked at in one bucket, if gradients are over all pairs: only what these are
-# balanced by is over those that share a bucket, and there the pairs of buckets are hardly fewer.
-_FEW_TOKENS = 2048
 # With 8 a masked language model and recall of 4,096 tokens train as with the expectation; with 3
 # the language model is 10 % behind in perplexity (docs/gradients.md).
 _HASHES = 8
@@ -62,7 +59,7 @@ class BackwardPlan:
     Attributes:
       kind: which gradients.
       num_hashes: hashes whose buckets are used.
-      bucket_bits: bits of a bucket; if it is "bucketed" at least 1.
+      bucket_bits: bits of a bucket; at least 1 if it is "bucketed", and 0 for "expectation".
     """
 
     kind: Backward
@@ -86,8 +83,7 @@ def plan(
     Args:
       backward: the kind; None for the fastest.
       num_backward_hashes: None for at most 8 of them.
-      bucket_bits: None for buckets of 256 to 511 tokens, where they are even, or for one bucket of
-        less than 2,048 if gradients are over all pairs.
+      bucket_bits: None for buckets of 256 to 511 tokens, where they are even.
       num_hashes: hashes of the forward pass.
       hash_code_len: bits of a hash.
       num_tokens: the number of queries or of keys, whichever is larger.
@@ -106,12 +102,13 @@ def plan(
             "backward='bucketed' needs hashes whose bits are independent: bit_layout must be "
             "'spread' with hash_fn='fast', got 'block'."
         )
-    if bucket_bits is None:
+    if backward == "expectation":
+        bucket_bits = 0  # there is one bucket, whatever the hash
+    elif bucket_bits is None:
         filled = (num_tokens // _BUCKET_TOKENS).bit_length() - 1
-        is_one = backward == "expectation" and num_tokens < _FEW_TOKENS
-        bucket_bits = 0 if is_one else max(0, min(filled, hash_code_len))
+        bucket_bits = max(0, min(filled, hash_code_len))
     if backward == "bucketed" and bucket_bits == 0:
-        backward = "expectation"  # there is one bucket, whatever the hash
+        backward = "expectation"
     return BackwardPlan(backward, num_backward_hashes, bucket_bits)
 
 

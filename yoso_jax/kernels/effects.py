@@ -10,9 +10,6 @@ between the two, which docs/gradients.md derives.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-BALANCE_HASHES = 2
-"""At most as many hashes say what the cotangent of a row adds up to."""
-
 _TINY = 1e-24
 
 
@@ -82,6 +79,33 @@ def balance(
     noise = count.astype(dtype) * square / num_hashes
     share = jnp.clip(noise / jnp.maximum(norm.astype(dtype) ** 2, _TINY), 0, 1)
     return -(1 + share) / 2 * mean.astype(dtype)
+
+
+def other_projection(
+    projection: Float[Array, "B N H columns"],
+    *,
+    hash_code_len: int,
+    num_hashes: int,
+    num_bits: int,
+) -> Float[Array, "B N H others"]:
+    """Other hashes than those of `projection`: its first ones, turned by 90 degrees.
+
+    A vector is orthogonal to itself, turned, so that what both hashes say of it is independent. The
+    cotangent of a normalised row knows the noise of the hashes that made the row, and is orthogonal
+    to it: by these hashes it would seem to add up to nothing.
+
+    Args:
+      projection: of the hashes that made the rows.
+      hash_code_len: bits of them.
+      num_hashes: how many others.
+      num_bits: bits of these, at least 1.
+    """
+    *batch, head_dim, _ = projection.shape
+    hashes = projection.reshape(*batch, head_dim, -1, hash_code_len)
+    first = hashes[..., :num_hashes, :num_bits].reshape(*batch, head_dim, -1)
+    half = head_dim // 2
+    parts = -first[..., half : 2 * half, :], first[..., :half, :], first[..., 2 * half :, :]
+    return jnp.concatenate(parts, axis=-2)
 
 
 def _mean(value: Array, key_mask: Array | None, dtype: jnp.dtype, power: int = 1) -> Array:

@@ -184,36 +184,39 @@ def sampled_backward(
     """Gradients of `sampled`; those of query and key are the ones that `backward` names.
 
     `unit` and `norm` are what `sampled` returned if rows were normalised, else None. "bucketed"
-    uses the first `num_backward_hashes` hashes and the lowest `bucket_bits` bits of each, and so
-    does the balance of `effects`, whatever the gradients.
+    uses the lowest `bucket_bits` bits, which are 0 for "expectation", of the first
+    `num_backward_hashes` hashes or, where rows were normalised, of others. These say, too, what the
+    balance of `effects` is.
     """
     if not isinstance(codes, Codes):
         raise NotImplementedError(f"xla made no codes of type {type(codes).__name__}.")
-    del projection  # another implementation may have to hash again
     args = query, key, value, query_mask, key_mask
     rows, shift = grad_out, None
+    near = Codes(*(x[..., :num_backward_hashes] for x in (codes.query, codes.key)))
     if unit is not None and norm is not None:
         if backward != "sampled":
             options = dict(num_hashes=codes.query.shape[-1])
             scale = effects.collision_scales(unit, norm, value, key_mask, **options)
             rows = l2_normalize_gradient(unit, 1 / scale, grad_out)
-            number = min(num_backward_hashes, effects.BALANCE_HASHES)
-            means = bucket_means(
-                codes.query[..., :number],
-                codes.key[..., :number],
-                *args,
-                rows,
-                hash_code_len=hash_code_len,
-                bucket_bits=bucket_bits,
-            )
+            if bucket_bits:
+                other = effects.other_projection(
+                    projection,
+                    hash_code_len=hash_code_len,
+                    num_hashes=num_backward_hashes,
+                    num_bits=bucket_bits,
+                )
+                masks = query_mask, key_mask
+                near = _hash(query, key, other, *masks, hash_code_len=bucket_bits)
+            bits = dict(hash_code_len=hash_code_len, bucket_bits=bucket_bits)
+            means = bucket_means(near.query, near.key, *args, rows, **bits)
             shift = effects.balance(*means, norm, value, key_mask, **options)
         grad_out = l2_normalize_gradient(unit, norm, grad_out)
     if backward == "sampled":
         return surrogate_gradients(codes, *args, grad_out, hash_code_len=hash_code_len)
     if backward == "bucketed":
         grads = bucketed_gradients(
-            codes.query[..., :num_backward_hashes],
-            codes.key[..., :num_backward_hashes],
+            near.query,
+            near.key,
             *args,
             rows,
             shift,

@@ -36,7 +36,6 @@ class Plan:
       batch: batch rows, B.
       heads: N.
       num_hashes: hashes in use, the first of those that there are words of.
-      all_hashes: hashes that there are words of.
       head_dim: H, a multiple of 16.
       value_dim: D, a multiple of 16.
       exponent: of the collision probability in the weights.
@@ -50,7 +49,6 @@ class Plan:
     batch: int
     heads: int
     num_hashes: int
-    all_hashes: int
     head_dim: int
     value_dim: int
     exponent: int

@@ -34,7 +34,6 @@ from yoso_jax.kernels.mosaic_gpu.collision_chain import collision_chain
 from yoso_jax.kernels.mosaic_gpu.lane import Call
 from yoso_jax.kernels.mosaic_gpu.sorting import TILE, Words
 from yoso_jax.kernels.mosaic_gpu.tangents import tangents
-from yoso_jax.kernels.mosaic_gpu.varying import vary_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +132,7 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., Array
         def places_of(number: Any) -> tuple[Any, ...]:
             item = first_item + jnp.minimum(number, num_items - 1) * all_warpgroups
             row, tile = lax.div(item, plan.layout.tiles), lax.rem(item, plan.layout.tiles)
-            head, hash_number = lax.div(row, plan.num_hashes), lax.rem(row, plan.num_hashes)
-            # Of the words, which there may be more hashes of.
-            row = head * plan.all_hashes + hash_number
+            head = lax.div(row, plan.num_hashes)
             return row, tile, lax.div(head, plan.heads), lax.rem(head, plan.heads)
 
         def range_of(number: Any) -> tuple[Any, Any, Any, Any]:
@@ -261,7 +258,7 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., Array
             def _() -> None:
                 row, _, batch, n = places_of(number)
                 plgpu.commit_smem()
-                place = lax.rem(row, plan.all_hashes), batch, n, item_words(number)
+                place = lax.rem(row, plan.num_hashes), batch, n, item_words(number)
                 if mean_tiles is not None:
                     where = *place, warpgroup, count
                     hardware.store_numbers(word_tiles, mean_tiles, out, where)
@@ -316,7 +313,7 @@ def is_supported(
     layouts = [Words(x.shape[1], bucket_bits) for x in (query, value)]
     if value.dtype not in (jnp.bfloat16, jnp.float16):
         return False
-    hashes = dict(num_hashes=1, all_hashes=1, exponent=0)
+    hashes = dict(num_hashes=1, exponent=0)
     plan = _plan(query, value.shape[-1], *layouts, **hashes, shift="rows", means=True)
     return plan.warpgroups > 0 and all(layout.is_supported for layout in layouts)
 
@@ -364,14 +361,24 @@ def find(
     return Buckets(queries, keys, query_ranges, key_ranges, num_hashes, exponent)
 
 
+def are_uneven(found: Buckets) -> Bool[Array, ""]:
+    """Whether sums over the buckets take longer than those over all pairs."""
+    ranges = found.query_ranges, found.key_ranges
+    # A tile of one side's sums and a tile of both of all pairs take about the same time.
+    tokens = jnp.concatenate([(r[..., 3] - r[..., 2]).reshape(-1) for r in ranges])
+    pairs = jnp.sum(-(-tokens // TILE), dtype=jnp.float32)
+    batch, num_queries, heads, _ = found.queries.tokens.shape
+    tiles = [-(-number // TILE) for number in (num_queries, found.keys.tokens.shape[1])]
+    return pairs > batch * heads * math.prod(tiles)
+
+
 def means(
-    found: Buckets, *, num_hashes: int, interpret: bool = False
+    found: Buckets, *, interpret: bool = False
 ) -> tuple[Float[Array, "B T N"], Float[Array, "B T N"]]:
-    """As `xla.bucket_means`, by some of the hashes.
+    """As `xla.bucket_means`.
 
     Args:
       found: from `find`.
-      num_hashes: to use, the first of them.
       interpret: as of `gradients`.
     """
     queries, keys = found.queries, found.keys
@@ -379,7 +386,6 @@ def means(
         found,
         (queries, [queries.lengths]),
         (keys, [-1 / keys.lengths, jnp.ones_like(keys.lengths)]),
-        num_hashes=num_hashes,
         means=True,
         interpret=interpret,
     )
@@ -388,7 +394,7 @@ def means(
     count, total = (jnp.swapaxes(x, 1, 2) for x in (count, total))
     if queries.mask is not None:  # nothing was stored for those
         count, total = (jnp.where(queries.mask[..., None], x, 0) for x in (count, total))
-    return total / jnp.where(count > 0, count, 1), count / num_hashes
+    return total / jnp.where(count > 0, count, 1), count / found.num_hashes
 
 
 def gradients(
@@ -398,7 +404,6 @@ def gradients(
     shift: Float[Array, "B T N"] | None,
     *,
     hash_code_len: int,
-    dense: Callable[[], tuple[Array, Array]] | None = None,
     call: Call | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S N H"]]:
@@ -410,16 +415,12 @@ def gradients(
       key: as of `find`.
       shift: as of `xla.expected_gradients`, float32 or None.
       hash_code_len: as of `find`.
-      dense: computes the gradients of the expectation, which are taken where buckets are so uneven
-        that they have as much work. Without it they are always those of the buckets.
       call: as of `find`.
       interpret: run the sums by Pallas' interpreter, which needs no GPU, and report races; with a
         `call` that needs none, either.
     """
     call = call or _default_call()
     queries, keys = found.queries, found.keys
-    ranges = found.query_ranges, found.key_ranges
-    arrays = *ranges, query, key, queries.rows, keys.rows, shift
     # Of the sums over keys, and of those over queries.
     own, others = ([queries.lengths], [keys.lengths]), ([-1 / keys.lengths], [-1 / queries.lengths])
     if shift is not None:
@@ -427,39 +428,23 @@ def gradients(
         own[0].append(shift)
         others[1].append(others[1][0] * shift)
 
-    def of_buckets() -> tuple[Array, Array]:
-        grads = []
-        for x, mine, other, numbers, other_numbers in zip(
-            (query, key), (queries, keys), (keys, queries), own, others, strict=True
-        ):
-            sums = _sum_up(
-                found,
-                (mine, numbers),
-                (other, other_numbers),
-                num_hashes=found.num_hashes,
-                means=False,
-                interpret=interpret,
-            )
-            (grad,) = tangents(
-                sums,
-                mine.tokens,
-                mine.mask,
-                # Weights have the sign of the scales.
-                factor=-hash_code_len / 2 / found.num_hashes,
-                call=call,
-            )
-            # Both branches of the choice below need the same types.
-            grads.append(vary_like(grad[..., : x.shape[-1]], *arrays))
-        return grads[0], grads[1]
-
-    if dense is None:
-        return of_buckets()
-    # A tile of one side's sums and a tile of both in `dense` take about the same time.
-    tokens = jnp.concatenate([(r[..., 3] - r[..., 2]).reshape(-1) for r in ranges])
-    pairs = vary_like(jnp.sum(-(-tokens // TILE), dtype=jnp.float32), *arrays)
-    heads = query.shape[0] * query.shape[2]
-    all_pairs = heads * math.prod(-(-x.shape[1] // TILE) for x in (query, key))
-    return lax.cond(pairs > all_pairs, dense, of_buckets)
+    grads = []
+    for x, mine, other, numbers, other_numbers in zip(
+        (query, key), (queries, keys), (keys, queries), own, others, strict=True
+    ):
+        sums = _sum_up(
+            found, (mine, numbers), (other, other_numbers), means=False, interpret=interpret
+        )
+        (grad,) = tangents(
+            sums,
+            mine.tokens,
+            mine.mask,
+            # Weights have the sign of the scales.
+            factor=-hash_code_len / 2 / found.num_hashes,
+            call=call,
+        )
+        grads.append(grad[..., : x.shape[-1]])
+    return grads[0], grads[1]
 
 
 def _sum_up(
@@ -467,7 +452,6 @@ def _sum_up(
     mine: tuple[Side, list[Array]],
     others: tuple[Side, list[Array]],
     *,
-    num_hashes: int,
     means: bool,
     interpret: bool,
 ) -> Array:
@@ -482,8 +466,7 @@ def _sum_up(
         side.rows.shape[-1],
         side.layout,
         other.layout,
-        num_hashes=num_hashes,
-        all_hashes=found.num_hashes,
+        num_hashes=found.num_hashes,
         exponent=found.exponent,
         shift=shift,
         means=means,
@@ -508,7 +491,6 @@ def _plan(
     other_layout: Words,
     *,
     num_hashes: int,
-    all_hashes: int,
     exponent: int,
     shift: Literal["rows", "columns"] | None,
     means: bool,
@@ -518,7 +500,6 @@ def _plan(
         batch=batch,
         heads=heads,
         num_hashes=num_hashes,
-        all_hashes=all_hashes,
         head_dim=-(-head_dim // 16) * 16,
         value_dim=-(-value_dim // 16) * 16,
         exponent=exponent,

@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt16
 
 from yoso_jax.kernels import effects, xla
@@ -44,14 +45,22 @@ class Hashes:
         """How many they are."""
         return self.projection.shape[-1] // self.hash_code_len
 
-    def codes(
-        self, x: Float[Array, "B T N H"], *, filler: int
-    ) -> UInt16[Array, "heads groups T 8"]:
-        """As `layout.arrange_codes` returns them.
+    def others(self, number: int, num_bits: int) -> "Hashes":
+        """As `effects.other_projection` says."""
+        options = dict(hash_code_len=self.hash_code_len, num_hashes=number, num_bits=num_bits)
+        return Hashes(effects.other_projection(self.projection, **options), num_bits)
+
+    def both(
+        self, query: Float[Array, "B T N H"], key: Float[Array, "B S N H"]
+    ) -> tuple[UInt16[Array, "heads groups T 8"], UInt16[Array, "heads groups S 8"]]:
+        """Codes as `layout.arrange_codes` returns them.
 
         Masked tokens have codes, too: what is in their rows does not matter, since they neither add
         to a table nor read from one. Nor does the length of a token matter.
         """
+        return self._codes(query, filler=0), self._codes(key, filler=1)
+
+    def _codes(self, x: Array, *, filler: int) -> Array:
         hash_fn = hash_tokens_by_xla if x.dtype == jnp.float32 else hashing.hash_tokens
         options = dict(hash_code_len=self.hash_code_len, filler=filler)
         return vary_like(hash_fn(x, self.projection, **options), x, self.projection)
@@ -77,7 +86,7 @@ def sampled(
     hashes = Hashes(projection, hash_code_len)
     _check(value, hashes.number, hash_code_len)
     _check_size("the last dimension of query", query.shape[-1], hashing.MAX_HEAD_DIM)
-    codes = hashes.codes(hopper.only(query), filler=0), hashes.codes(hopper.only(key), filler=1)
+    codes = hashes.both(hopper.only(query), hopper.only(key))
     out = _cumulate(
         *codes,
         value,
@@ -119,40 +128,43 @@ def sampled_backward(
         raise NotImplementedError(f"mosaic_gpu kept no {type(kept).__name__}.")
     hashes = Hashes(projection, hash_code_len)
     args = query, key, value, query_mask, key_mask
-    codes = kept.codes or (hashes.codes(query, filler=0), hashes.codes(key, filler=1))
+    codes = kept.codes or hashes.both(query, key)
     batch, _, heads, _ = query.shape
     bits = dict(hash_code_len=hash_code_len)
 
-    def plain(num_hashes: int) -> list[Array]:
-        options = dict(num_hashes=num_hashes, hash_code_len=hash_code_len)
+    def plain(codes: tuple[Array, Array], num_hashes: int, code_len: int) -> list[Array]:
+        options = dict(num_hashes=num_hashes, hash_code_len=code_len)
         return [plain_codes(x, **options).reshape(batch, heads, -1, num_hashes) for x in codes]
 
     if backward == "sampled":
         if unit is not None and norm is not None:
             (grad_out,) = _before_normalizing(grad_out, unit, norm)
         args = *args, grad_out
-        grads = xla.surrogate_gradients(xla.Codes(*plain(hashes.number)), *args, **bits)[:2]
+        grads = xla.surrogate_gradients(
+            xla.Codes(*plain(codes, hashes.number, hash_code_len)), *args, **bits
+        )[:2]
     else:
-        rows, shift, options = grad_out, None, dict(num_hashes=hashes.number)
+        rows, balance, options = grad_out, None, dict(num_hashes=hashes.number)
+        # Without bits there is one bucket, whatever the hash.
+        number = num_backward_hashes if bucket_bits else 1
+        near_codes, near_len = codes, hash_code_len
         if unit is not None and norm is not None:
             scale = effects.collision_scales(unit, norm, value, key_mask, **options)
             grad_out, rows = _before_normalizing(grad_out, unit, norm, 1 / scale)
-        # Without bits there is one bucket, whatever the hash.
-        number = min(effects.BALANCE_HASHES, num_backward_hashes) if bucket_bits else 1
+            balance = functools.partial(
+                effects.balance, norm=norm, value=value, key_mask=key_mask, **options
+            )
+            if bucket_bits:
+                others = hashes.others(number, bucket_bits)
+                near_codes, near_len = others.both(query, key), bucket_bits
         near = _Near(
-            plain(num_backward_hashes if backward == "bucketed" else number),
+            plain(near_codes, number, near_len),
             (*args, rows.astype(value.dtype)),
-            bucket_bits=bucket_bits,
-            **bits,
+            balance,
+            hash_code_len,
+            bucket_bits,
         )
-        if norm is not None:
-            shift = effects.balance(*near.means(number), norm, value, key_mask, **options)
-        if backward == "bucketed":
-            grads = near.gradients(shift)
-        elif value.dtype == jnp.float32:
-            grads = xla.expected_gradients(*args, rows, shift, **bits)
-        else:
-            grads = _expected_gradients(*args, rows, shift, **bits)
+        grads = near.gradients()
     grad_value = _cumulate(
         *codes[::-1],
         grad_out,
@@ -231,51 +243,66 @@ def _expected_gradients(*args: Any, hash_code_len: int) -> tuple[Array, Array]:
     return _gradients(*inputs, rows.astype(inputs[2].dtype), shift, **options)[:2]
 
 
+@dataclasses.dataclass(frozen=True)
 class _Near:
     """What is in the same buckets, by kernels or, where there are none, by `xla`.
 
-    Args:
+    Attributes:
       codes: of queries and of keys.
       args: query, key, value, their masks, and rows in the dtype of `value`.
+      balance: makes the shift of `xla.expected_gradients` from means and counts; or None.
       hash_code_len: bits of a hash.
       bucket_bits: bits of a bucket.
     """
 
-    def __init__(
-        self, codes: Sequence[Array], args: tuple[Any, ...], *, hash_code_len: int, bucket_bits: int
-    ) -> None:
-        self._args = args
-        self._options = dict(hash_code_len=hash_code_len, bucket_bits=bucket_bits)
-        self._codes = codes
+    codes: Sequence[Array]
+    args: tuple[Any, ...]
+    balance: Callable[[Array, Array], Array] | None
+    hash_code_len: int
+    bucket_bits: int
 
-    @functools.cached_property
-    def _found(self) -> buckets.Buckets | None:
-        query, _, value, *_ = self._args
-        if not buckets.is_supported(query, value, self._options["bucket_bits"]):
+    def gradients(self) -> tuple[Array, Array]:
+        """As `xla.bucketed_gradients`; where there is one bucket, `xla.expected_gradients`."""
+        query, key, value, *_ = self.args
+        options = dict(hash_code_len=self.hash_code_len)
+        if self.bucket_bits == 0:
+            all_args: Any = *self.args, self._shift(self._find())
+            if value.dtype == jnp.float32:
+                return xla.expected_gradients(*all_args, **options)
+            return _expected_gradients(*all_args, **options)
+        found = self._find()
+        if found is None:
+            args: Any = *self.codes, *self.args, self._shift(None)
+            return xla.bucketed_gradients(*args, **options, bucket_bits=self.bucket_bits)
+
+        def of_buckets() -> tuple[Array, Array]:
+            grads = buckets.gradients(found, query, key, self._shift(found), **options)
+            return self._vary(grads)
+
+        def of_all_pairs() -> tuple[Array, Array]:
+            codes = [x[..., :1] for x in self.codes]
+            return self._vary(dataclasses.replace(self, codes=codes, bucket_bits=0).gradients())
+
+        return lax.cond(self._vary(buckets.are_uneven(found)), of_all_pairs, of_buckets)
+
+    def _find(self) -> buckets.Buckets | None:
+        query, _, value, *_ = self.args
+        if not buckets.is_supported(query, value, self.bucket_bits):
             return None
-        return buckets.find(*self._codes, *self._args, **self._options)
+        options = dict(hash_code_len=self.hash_code_len, bucket_bits=self.bucket_bits)
+        return buckets.find(*self.codes, *self.args, **options)
 
-    def means(self, num_hashes: int) -> tuple[Array, Array]:
-        """As `xla.bucket_means`, by the first of the hashes."""
-        if self._found is None:
-            some: Any = (x[..., :num_hashes] for x in self._codes)
-            return xla.bucket_means(*some, *self._args, **self._options)
-        found = buckets.means(self._found, num_hashes=num_hashes)
-        return jax.tree.map(lambda x: vary_like(x, *self._args, *self._codes), found)
+    def _shift(self, found: buckets.Buckets | None) -> Array | None:
+        if self.balance is None:
+            return None
+        if found is None:
+            options = dict(hash_code_len=self.hash_code_len, bucket_bits=self.bucket_bits)
+            args: Any = *self.codes, *self.args
+            return self.balance(*xla.bucket_means(*args, **options))
+        return self.balance(*self._vary(buckets.means(found)))
 
-    def gradients(self, shift: Array | None) -> tuple[Array, Array]:
-        """As `xla.bucketed_gradients`."""
-        if self._found is None:
-            args: Any = *self._codes, *self._args, shift
-            return xla.bucketed_gradients(*args, **self._options)
-        options = dict(hash_code_len=self._options["hash_code_len"])
-
-        def dense() -> tuple[Array, Array]:
-            grads = _expected_gradients(*self._args, shift, **options)
-            return jax.tree.map(lambda x: vary_like(x, *self._args, *self._codes), grads)
-
-        query, key, *_ = self._args
-        return buckets.gradients(self._found, query, key, shift, **options, dense=dense)
+    def _vary[Arrays](self, arrays: Arrays) -> Arrays:
+        return jax.tree.map(lambda x: vary_like(x, *self.args, *self.codes), arrays)
 
 
 def _check_expectation(query: Array, value: Array) -> None:
