@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from yoso_jax.kernels.effects import balance, collision_scales
+from yoso_jax.kernels.effects import balance, collision_scales, other_projection
 from yoso_jax.kernels.xla import l2_normalize_gradient
 
 
@@ -104,3 +104,17 @@ def test_nothing_is_finite_and_masked_keys_do_not_matter():
     np.testing.assert_allclose(scale[:1], same, rtol=1e-5)
     same = balance(mean[:1], norm[:1], norm[:1], cut, None, num_hashes=7)
     np.testing.assert_allclose(shift[:1], same, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("head_dim", "num_hashes", "num_bits"), [(4, 2, 2), (5, 3, 1), (1, 1, 3)])
+def test_other_hashes_are_the_first_turned_by_a_right_angle(head_dim, num_hashes, num_bits):
+    projection = jax.random.normal(jax.random.key(0), (2, 3, head_dim, 4 * 3))
+    options = dict(hash_code_len=3, num_hashes=num_hashes, num_bits=num_bits)
+    turned = other_projection(projection, **options)
+    first = projection.reshape(2, 3, head_dim, 4, 3)[..., :num_hashes, :num_bits]
+    first = first.reshape(2, 3, head_dim, -1)
+    assert turned.shape == first.shape
+    even = head_dim // 2 * 2
+    lengths = (jnp.linalg.norm(x[..., :even, :], axis=-2) for x in (first, turned))
+    np.testing.assert_allclose(*lengths, rtol=1e-6)
+    np.testing.assert_allclose(jnp.sum((first * turned)[..., :even, :], -2), 0, atol=1e-6)
