@@ -13,8 +13,8 @@ BACKWARDS = ("sampled", "expectation", "bucketed")
 # Tokens a bucket should have at least, on average. Of the same number of pairs, fewer hashes of
 # larger buckets are less noisy, have less to sort and to sum up, and their tiles are fuller.
 _BUCKET_TOKENS = 256
-# With 8 a masked language model and recall of 4,096 tokens train as with the expectation; with 3
-# the language model is 10 % behind in perplexity (docs/gradients.md).
+# With 8 a masked language model and Text of 4,096 tokens train as with the expectation; with 3 the
+# language model is 9 % behind in perplexity (docs/gradients.md).
 _HASHES = 8
 
 
@@ -36,14 +36,14 @@ CROSSOVERS = {
     "cpu": Crossover(
         6144,
         "2 cores of an AMD EPYC, jax 0.11.2, float32, H = 64, normalised rows, forward and "
-        "backward pass: the expectation's time is 0.8 times the buckets' at 4,096, 1.6 at 8,192, "
+        "backward pass: the expectation's time is 0.8 times the buckets' at 4,096, 1.5 at 8,192, "
         "3 at 16,384 (benchmarks/results/backward_cpu.json); 'sampled' is never the fastest",
     ),
     "gpu": Crossover(
         8192,
         "H200, jax 0.11.2, bfloat16, H = 64, normalised rows, forward and backward pass by "
-        "mosaic_gpu: the expectation's time is 0.95 times the buckets' at 4,096, where these take "
-        "all pairs, too, 1.3 at 8,192, 2.2 at 16,384; 1.4 and 3.8 times that of 3 hashes at 4,096 "
+        "mosaic_gpu: the expectation's time is 0.93 times the buckets' at 4,096, where these take "
+        "all pairs, too, 1.6 at 8,192, 2.9 at 16,384; 1.8 and 5.5 times that of 3 hashes at 4,096 "
         "and 16,384 (benchmarks/results/expectation_backward.json, mixed_8192.json, "
         "bucketed_8_hashes.json, bucketed_3_hashes.json)",
     ),
