@@ -8,14 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_helpers import normal, unit_rows
+from attention_helpers import always_buckets, normal, unit_rows
 from jax import export
 from run_helpers import fast_compilations
 
 from yoso_jax import yoso_attention
 from yoso_jax.attention import sampled_attention
 from yoso_jax.hashing import sample_projection
-from yoso_jax.kernels import backward_choice, buckets, collisions, effects, reference
+from yoso_jax.kernels import (
+    backward_choice,
+    bucket_sums,
+    buckets,
+    collisions,
+    effects,
+    reference,
+)
 from yoso_jax.kernels.codes import hash_codes
 from yoso_jax.kernels.xla import l2_normalize
 
@@ -25,7 +32,7 @@ T = 9
 
 @pytest.fixture(autouse=True, scope="module")
 def compilations():
-    with fast_compilations():
+    with fast_compilations(), always_buckets():
         yield
 
 
@@ -99,9 +106,9 @@ def test_equals_the_naive_twin(float64, heads, num_queries, num_keys, bucket_bit
 
 def test_more_pairs_than_a_chunk_and_larger_tiles(float64, monkeypatch):
     args = draw(2, 300, 290)
-    monkeypatch.setattr(buckets, "_CHUNK_CPU", 7)
-    monkeypatch.setattr(buckets, "_MOST_PAIRS", 40)
-    assert buckets._tile_size(2, 300, 290, 4)[0] == 128
+    monkeypatch.setattr(bucket_sums, "_CHUNK_CPU", 7)
+    monkeypatch.setattr(bucket_sums, "_MOST_PAIRS", 40)
+    assert bucket_sums._tile_size(2, 300, 290, 4)[0] == 128
     bucketed.clear_cache()
     results = gradients(args, bucket_bits=2)
     bucketed.clear_cache()
@@ -110,11 +117,11 @@ def test_more_pairs_than_a_chunk_and_larger_tiles(float64, monkeypatch):
 
 def test_numbers_of_pairs_fit_their_type():
     """At the length where one head's pairs of smallest tiles no longer do."""
-    assert buckets._tile_size(8, 4096, 4096, 64) == (64, 8 * (65**2 + 64))
+    assert bucket_sums._tile_size(8, 4096, 4096, 64) == (64, 8 * (65**2 + 64))
     for heads, tokens in ((1, 2**22), (64, 2**20)):
-        tile, most_pairs = buckets._tile_size(heads, tokens, tokens, 2**9)
+        tile, most_pairs = bucket_sums._tile_size(heads, tokens, tokens, 2**9)
         assert tile > 64
-        assert most_pairs + buckets._CHUNK < 2**31
+        assert most_pairs + bucket_sums._CHUNK < 2**31
         assert heads * (tokens // tile) ** 2 <= most_pairs
 
 
@@ -123,7 +130,7 @@ def test_pairs_are_counted_at_their_most():
         queries, keys = np.transpose(counts)
         pairs = sum(-(-queries // 64) * -(-keys // 64))
         tokens = int(sum(queries)), int(sum(keys))
-        assert pairs <= buckets._tile_size(1, *tokens, len(counts))[1]
+        assert pairs <= bucket_sums._tile_size(1, *tokens, len(counts))[1]
 
 
 def test_crowded_buckets(float64):
@@ -363,7 +370,7 @@ import functools
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from yoso_jax import yoso_attention
-from yoso_jax.kernels.buckets import bucketed_gradients
+from yoso_jax.kernels import buckets
 
 jax.config.update("jax_disable_most_optimizations", True)
 mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -371,20 +378,27 @@ keys = jax.random.split(jax.random.key(0), 6)
 args = [jax.random.randint(key, (4, 2, 12, 3), 0, 16) for key in keys[:2]]
 args += [jax.random.normal(key, (4, 2, 12, 8)) / 3 for key in keys[2:]] + [None, None]
 
-f = jax.jit(functools.partial(bucketed_gradients, hash_code_len=4, bucket_bits=2))
-sharded = jax.device_put(args, NamedSharding(mesh, P("data", "model")))
-for a, b in zip(f(*sharded), f(*args), strict=True):
-    np.testing.assert_allclose(a, b, atol=2e-5)
-
 def loss(*args):
     options = dict(num_hashes=5, hash_code_len=4, backward="bucketed", bucket_bits=2)
     out = yoso_attention(*args, rng=jax.random.key(1), **options)
     return jnp.sum(out * jnp.arange(8))
-grad = jax.grad(loss, argnums=(0, 1, 2))
-args = args[2:5]
-mapped = jax.shard_map(grad, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
-for a, b in zip(jax.jit(mapped)(*args), jax.jit(grad)(*(x[:2] for x in args)), strict=True):
-    np.testing.assert_allclose(a[:2], b, atol=2e-5)
+
+def check():
+    gradients = functools.partial(buckets.bucketed_gradients, hash_code_len=4, bucket_bits=2)
+    f = jax.jit(lambda *args: gradients(*args))
+    sharded = jax.device_put(args, NamedSharding(mesh, P("data", "model")))
+    for a, b in zip(f(*sharded), f(*args), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    grad, inputs = jax.grad(lambda *x: loss(*x), argnums=(0, 1, 2)), args[2:5]
+    mapped = jax.shard_map(grad, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    expected = jax.jit(grad)(*(x[:2] for x in inputs))
+    for a, b in zip(jax.jit(mapped)(*inputs), expected, strict=True):
+        np.testing.assert_allclose(a[:2], b, atol=2e-5)
+    return expected[0]
+
+chosen = check()  # so few tokens take all pairs
+buckets.takes_all_pairs = lambda pairs, **_: pairs < 0
+assert not np.allclose(chosen, check(), atol=2e-5)
 print("equal")
 """
     result = subprocess.run(

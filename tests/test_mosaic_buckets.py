@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_helpers import always_buckets
 
 from yoso_jax.attention import sampled_attention
 from yoso_jax.hashing import sample_projection
@@ -20,6 +21,12 @@ from yoso_jax.kernels.mosaic_gpu.lane import Program
 from yoso_jax.kernels.mosaic_gpu.sorting import TILE, Words
 
 RNG = jax.random.key(3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def xla_takes_buckets():
+    with always_buckets():
+        yield
 
 
 @pytest.mark.parametrize("columns", [16, 48, 64])

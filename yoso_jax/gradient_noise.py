@@ -11,7 +11,8 @@ same gradient of its sums, as they are in a step of training: see `capture`. A r
   expectation's gradient;
 - `cosine_query`, `cosine_key`: mean cosine of the angle between the two.
 
-Means are over layers, sequences and draws of the hashes.
+Means are over layers, sequences and draws of the hashes. There is no noise where `bucketed` takes
+all pairs, because they are less work than the buckets of all hashes (docs/gradients.md).
 """
 
 import contextlib

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 # Tokens a side of a tile. Small enough for a tile of a few heads to stay in a CPU's cache, large
 # enough that the loop's overhead does not show.
@@ -26,6 +26,13 @@ type WeightFn = Callable[[Features, Features], Float[Array, "*batch T S"]]
 def matmul(subscripts: str, *operands: Array) -> Array:
     """`einsum` whose float32 products stay float32 (GPUs and TPUs round them by default)."""
     return jnp.einsum(subscripts, *operands, precision=lax.Precision.HIGHEST)
+
+
+def mask_rows(
+    x: Float[Array, "*rows D"], mask: Bool[Array, "*rows"] | None
+) -> Float[Array, "*rows D"]:
+    """Zeros in the rows that are not True in `mask`, whatever stood there, even NaN."""
+    return x if mask is None else jnp.where(mask[..., None], x, 0)
 
 
 def zeros(shape: tuple[int, ...], dtype: DTypeLike, *like: Any) -> Array:

@@ -63,7 +63,7 @@ def probability_fn(hash_code_len: int) -> blocked.WeightFn:
     return weights
 
 
-def _bucket_sum(codes: Int[Array, "*batch S"], value: Array, num_buckets: int) -> Array:
+def bucket_sum(codes: Int[Array, "*batch S"], value: Array, num_buckets: int) -> Array:
     """Sums the rows of value by code: `[..., S], [..., S, D] -> [..., num_buckets, D]`."""
 
     def scatter(codes: Array, value: Array) -> Array:
@@ -128,7 +128,7 @@ def lsh_cumulation(
 
     def add_hash(out: Array, codes: tuple[Array, Array]) -> tuple[Array, None]:
         query_codes, key_codes = codes
-        table = _bucket_sum(key_codes, value, 2**hash_code_len)
+        table = bucket_sum(key_codes, value, 2**hash_code_len)
         return out + _bucket_read(query_codes, table), None
 
     shape = (*query_codes.shape[:-1], value.shape[-1])

@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
 from yoso_jax.kernels import dispatch
+from yoso_jax.kernels.blocked import mask_rows
 from yoso_jax.kernels.checks import check_integer
 from yoso_jax.kernels.dispatch import Implementation
-from yoso_jax.kernels.xla import mask_rows, widen
+from yoso_jax.kernels.xla import widen
 
 
 def lsh_cumulation(

@@ -26,13 +26,6 @@ def widen(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def mask_rows(
-    x: Float[Array, "*rows D"], mask: Bool[Array, "*rows"] | None
-) -> Float[Array, "*rows D"]:
-    """Zeros in the rows that are not True in `mask`, whatever stood there, even NaN."""
-    return x if mask is None else jnp.where(mask[..., None], x, 0)
-
-
 def l2_normalize(x: Float[Array, "..."], axis: int = -1, eps: float = _EPS) -> Float[Array, "..."]:
     """`x / max(|x|, eps)`, computed in float32, with gradient 0 where `|x| <= eps`.
 
@@ -80,9 +73,9 @@ def lsh_cumulation(
     hash_code_len: int,
 ) -> Float[Array, "*batch T D"]:
     """`B v` with zero rows for masked queries and without masked keys, in the dtype of `value`."""
-    wide = mask_rows(widen(value), key_mask)
+    wide = blocked.mask_rows(widen(value), key_mask)
     out = collisions.lsh_cumulation(query_codes, key_codes, wide, hash_code_len=hash_code_len)
-    return mask_rows(out, query_mask).astype(value.dtype)
+    return blocked.mask_rows(out, query_mask).astype(value.dtype)
 
 
 def heads_first(
@@ -396,22 +389,9 @@ def bucket_means(
     unit_query, unit_key = _unit(query, query_mask), _unit(key, key_mask)
     value, rows = heads_first(value, key_mask), heads_first(rows, query_mask)
     masks = [_by_head(mask, query.shape[2]) for mask in (query_mask, key_mask)]
-    if bucket_bits == 0:  # all pairs, whatever the hash
-        ones = jnp.ones((*value.shape[:-1], 1), value.dtype)
-        if masks[1] is not None:
-            ones = mask_rows(ones, masks[1])
-        probability = collisions.probability_fn(hash_code_len)
-        values = jnp.concatenate([value, ones], axis=-1)
-        sums = blocked.attend(probability, unit_query, unit_key, values)
-        if masks[0] is not None:
-            sums = mask_rows(sums, masks[0])
-        count = sums[..., -1]
-        total = jnp.sum(rows * sums[..., :-1], axis=-1)
-        means = total / jnp.where(count > 0, count, 1), count
-    else:
-        args = query_codes, key_codes, unit_query, unit_key, value, rows, *masks
-        options = dict(hash_code_len=hash_code_len, bucket_bits=bucket_bits)
-        means = buckets.bucket_means(*args, **options)
+    args = query_codes, key_codes, unit_query, unit_key, value, rows, *masks
+    options = dict(hash_code_len=hash_code_len, bucket_bits=bucket_bits)
+    means = buckets.bucket_means(*args, **options)
     mean, count = (jnp.swapaxes(x, 1, 2) for x in means)
     return mean, count
 

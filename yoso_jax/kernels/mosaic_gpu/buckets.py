@@ -16,7 +16,6 @@ which say where tokens are, then the tokens.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from yoso_jax.kernels.buckets import takes_all_pairs
 from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
 from yoso_jax.kernels.mosaic_gpu import sorting
 from yoso_jax.kernels.mosaic_gpu.bucket_hardware import Hopper, Interpreted
@@ -363,13 +363,14 @@ def find(
 
 def are_uneven(found: Buckets) -> Bool[Array, ""]:
     """Whether sums over the buckets take longer than those over all pairs."""
-    ranges = found.query_ranges, found.key_ranges
-    # A tile of one side's sums and a tile of both of all pairs take about the same time.
-    tokens = jnp.concatenate([(r[..., 3] - r[..., 2]).reshape(-1) for r in ranges])
-    pairs = jnp.sum(-(-tokens // TILE), dtype=jnp.float32)
+    tokens = found.query_ranges[..., 3] - found.query_ranges[..., 2]
     batch, num_queries, heads, _ = found.queries.tokens.shape
-    tiles = [-(-number // TILE) for number in (num_queries, found.keys.tokens.shape[1])]
-    return pairs > batch * heads * math.prod(tiles)
+    return takes_all_pairs(
+        jnp.sum(-(-tokens // TILE), dtype=jnp.float32),
+        num_heads=batch * heads,
+        num_queries=num_queries,
+        num_keys=found.keys.tokens.shape[1],
+    )
 
 
 def means(

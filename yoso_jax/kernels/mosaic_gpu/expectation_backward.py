@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from yoso_jax.kernels import xla
+from yoso_jax.kernels import blocked, xla
 from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
 from yoso_jax.kernels.mosaic_gpu.collision_chain import collision_chain
 from yoso_jax.kernels.mosaic_gpu.expectation_hardware import Hopper, Interpreted
@@ -467,7 +467,7 @@ def gradients(
     query, grad_out = xla.mask_tokens(query, query_mask), xla.mask_tokens(grad_out, query_mask)
     key, value = xla.mask_tokens(key, key_mask), xla.mask_tokens(value, key_mask)
     if shift is not None:
-        shift = xla.mask_rows(shift, query_mask)
+        shift = blocked.mask_rows(shift, query_mask)
     from_queries = _Side(query, grad_out, query_mask, shift)
     from_keys = _Side(key, value, key_mask)
     call = functools.partial(_gradients, hash_code_len=hash_code_len, interpret=interpret)
