@@ -106,6 +106,8 @@ class Attention(HeadsBenchmark):
     """Hashes whose buckets give the gradients; by default what the operation takes."""
     normalize: bool = True
     """Normalise the results of `mixed` and `bucketed`, as models do; it takes longer."""
+    alike: bool = False
+    """Give all queries and keys of a head about the same direction: they share a bucket."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,6 +200,8 @@ class Attention(HeadsBenchmark):
     def make_inputs(self, name: str, n: int, m: int | None, number: int) -> tuple:
         """Query, key, value, with `--backward` a cotangent, and what hashes are made from."""
         inputs = self.draw(n, number, 4 if self.backward else 3)
+        if self.alike:
+            inputs[:2] = [inputs[0][:, :1] + x / 256 for x in inputs[:2]]
         if name.endswith("_op"):
             inputs.append(jax.random.key(number))
         elif m is not None:
