@@ -34,10 +34,11 @@ class Crossover:
 # By JAX's name of the platform.
 CROSSOVERS = {
     "cpu": Crossover(
-        6144,
+        8192,
         "2 cores of an AMD EPYC, jax 0.11.2, float32, H = 64, normalised rows, forward and "
-        "backward pass: the expectation's time is 0.8 times the buckets' at 4,096, 1.5 at 8,192, "
-        "3 at 16,384 (benchmarks/results/backward_cpu.json); 'sampled' is never the fastest",
+        "backward pass: the expectation's time is 0.95 to 0.97 times the buckets' up to 4,096, "
+        "where these take all pairs, too, 1.6 at 8,192, 3.5 at 16,384 "
+        "(benchmarks/results/backward_cpu.json); 'sampled' is never the fastest",
     ),
     "gpu": Crossover(
         8192,
