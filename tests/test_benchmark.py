@@ -20,6 +20,7 @@ from yoso_jax.benchmarking.measure import measure, sum_kernels
 from yoso_jax.benchmarking.operations import Attention, Cumulation, Hash
 from yoso_jax.benchmarking.torch_models import MODELS
 from yoso_jax.errors import DiskFullError
+from yoso_jax.kernels.codes import hash_codes
 
 ROOT = Path(__file__).parents[1]
 MEASURED = {
@@ -208,6 +209,15 @@ def test_padding_is_masked() -> None:
     np.testing.assert_array_equal(function(*padded, inputs[3]), out)
 
 
+def test_alike_tokens_share_a_bucket() -> None:
+    options = Attention(n=(32,), m=(3,), tokens=64, head_dim=64, alike=True, dtype="float32")
+    query, key, _, projection = options.make_inputs("xla", 32, 3, 0)
+    codes = [
+        hash_codes(jnp.swapaxes(x, 1, 2), projection, hash_code_len=9)[0, 0] for x in (query, key)
+    ]
+    assert (jnp.concatenate(codes) == codes[0][0]).mean() > 0.9
+
+
 # Commands
 
 
@@ -331,6 +341,7 @@ def test_some_models(benchmark: Any) -> None:
         (["attention", "--n", "64", "--tokens", "32"], "--tokens must be at least --n, got 32"),
         (["attention", "--mask-fraction", "1"], "--mask-fraction must be in [0, 1), got 1.0"),
         (["attention", "--num-backward-hashes", "0"], "--num-backward-hashes must be >= 1, got 0"),
+        (["attention", "--bucket-bits", "10"], "--bucket-bits must be in 1..9 (--hash-code-len)"),
         (["attention", "--seconds", "0"], "--seconds must be > 0, got 0.0"),
         (["attention", "--head-dim", "0"], "--head-dim must be >= 1, got 0"),
         (["attention", "--implementations", "flash"], "flash"),

@@ -104,6 +104,8 @@ class Attention(HeadsBenchmark):
     """Part of each sequence that is padding."""
     num_backward_hashes: int | None = None
     """Hashes whose buckets give the gradients; by default what the operation takes."""
+    bucket_bits: int | None = None
+    """Bits of these buckets, 1 to `hash_code_len`; by default what the operation takes."""
     normalize: bool = True
     """Normalise the results of `mixed` and `bucketed`, as models do; it takes longer."""
     alike: bool = False
@@ -115,6 +117,11 @@ class Attention(HeadsBenchmark):
             raise ConfigError(f"--mask-fraction must be in [0, 1), got {self.mask_fraction}")
         if self.num_backward_hashes is not None and self.num_backward_hashes < 1:
             raise ConfigError(f"--num-backward-hashes must be >= 1, got {self.num_backward_hashes}")
+        if self.bucket_bits is not None and not 1 <= self.bucket_bits <= self.hash_code_len:
+            raise ConfigError(
+                f"--bucket-bits must be in 1..{self.hash_code_len} (--hash-code-len), "
+                f"got {self.bucket_bits}"
+            )
 
     def cases(self) -> Iterator[Case]:
         """Each n, implementation and, where there are hashes, m."""
@@ -191,6 +198,7 @@ class Attention(HeadsBenchmark):
                     num_backward_hashes=(
                         self.num_backward_hashes if name.endswith("_bucketed") else None
                     ),
+                    bucket_bits=self.bucket_bits if name.endswith("_bucketed") else None,
                     normalize=self.normalize and name.endswith(("_mixed", "_bucketed")),
                     implementation=implementation,
                 )
