@@ -303,11 +303,16 @@ def in_numpy(monkeypatch, on_any_machine):
             return xla.surrogate_gradients(None, *args[:-1], **options)
         return *xla.expected_gradients(*args, **options), None
 
+    def xla_means(query, key, *args, **options):
+        codes = (jnp.zeros((len(x), x.shape[2], x.shape[1], 1), jnp.int32) for x in (query, key))
+        return xla.bucket_means(*codes, query, key, *args, **options, bucket_bits=0)
+
     find = functools.partial(buckets.find, call=numpy_call)
     monkeypatch.setattr(buckets, "find", find)
     monkeypatch.setattr(buckets, "means", functools.partial(buckets.means, interpret=True))
     monkeypatch.setattr(operations, "gradients", xla_gradients)
     monkeypatch.setattr(operations, "attend", xla.expectation)
+    monkeypatch.setattr(operations, "means", xla_means)
 
 
 def value_and_gradients(implementation, args, cotangent, masks=(None, None), **options):

@@ -170,6 +170,8 @@ def test_kernels_lower_for_cuda(case):
             expectation.attend, hash_code_len=hash_code_len, normalize=normalize
         )
         assert lower(forward, *args, *masks).count("@mosaic_gpu") == 1
+    means = functools.partial(expectation.means, hash_code_len=hash_code_len)
+    assert lower(means, *args, *masks, cotangent).count("@mosaic_gpu") == 1
     options = {name: chosen[name] for name in ("deterministic", "with_value")}
     backward = functools.partial(
         expectation_backward.gradients, hash_code_len=hash_code_len, **options
@@ -290,6 +292,17 @@ def expected(args, masks, bits, shift=0):
     return out, *grads, np.einsum("bnts,btnd->bsnd", weights, cotangent)
 
 
+def expected_means(args, masks, bits):
+    """Products of rows and values on average, by probabilities, and the sums of these."""
+    *tokens, value, rows = args
+    out, count = (
+        expected((*tokens, x, rows), masks, bits)[0] for x in (value, jnp.ones_like(value))
+    )
+    total = np.einsum("btnd,btnd->btn", np.nan_to_num(np.asarray(rows, np.float64)), out)
+    count = count[..., 0]
+    return total / np.where(count > 0, count, 1), count
+
+
 def relative_error(x, y):
     x = np.asarray(x, np.float64)
     return np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30)
@@ -309,6 +322,13 @@ def assert_accurate(args, masks, bits):
     assert relative_error(norm, wanted_norm) < 3e-3
     unit = wanted / np.maximum(wanted_norm, 1e-12)[..., None]
     assert relative_error(out, unit) < 3e-3
+    # Rows, unlike a cotangent, with something in common with values.
+    with_mean = *tokens[:2], tokens[2] + 1, cotangent + 1
+    found = jax.jit(functools.partial(expectation.means, hash_code_len=bits))(
+        *with_mean[:3], *masks, with_mean[3]
+    )
+    for numbers, each in zip(found, expected_means(with_mean, masks, bits), strict=True):
+        assert relative_error(numbers, each) < 3e-3
     some_shift = 3 * normal(tokens[0].shape, 1, 1, jnp.float32)[0][..., 0]
     shifted_grads = expected(args, masks, bits, some_shift)[1:]
     for deterministic in (False, True):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_mosaic_cumulation import quick_compilation  # noqa: F401
-from test_mosaic_expectation import expected, normal, relative_error
+from test_mosaic_expectation import expected, expected_means, normal, relative_error
 
 from yoso_jax.kernels.mosaic_gpu import expectation, expectation_backward
 
@@ -128,6 +128,24 @@ def test_forward(capsys, monkeypatch, case):
     assert out.dtype == args[2].dtype
     assert relative_error(out, wanted) < 3e-3
     assert_masked_rows_are_zero(out, masks[0])
+    assert_no_races(capsys)
+
+
+@pytest.mark.parametrize("case", FORWARD)
+def test_means(capsys, monkeypatch, unchecked_shapes, case):
+    given, options = split(FORWARD[case], normalize=True, blocks=None)
+    if options["blocks"] is not None:
+        monkeypatch.setattr(expectation, "_MULTIPROCESSORS", options["blocks"])
+    args, masks, bits = inputs(**given)
+    # Rows, unlike a cotangent, with something in common with values.
+    args[3] += 1
+    args[2] += 1
+    mean, count = expectation.means(*args[:3], *masks, args[3], hash_code_len=bits, interpret=True)
+    wanted_mean, wanted_count = expected_means(args, masks, bits)
+    assert relative_error(mean, wanted_mean) < 3e-3
+    assert relative_error(count, wanted_count) < 1e-3
+    for numbers in (mean, count):
+        assert_masked_rows_are_zero(numbers, masks[0])
     assert_no_races(capsys)
 
 

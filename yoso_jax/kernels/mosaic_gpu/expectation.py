@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from yoso_jax.kernels import xla
 from yoso_jax.kernels.mosaic_gpu import expectation_tiles as tiles
-from yoso_jax.kernels.mosaic_gpu.collision_chain import collision_chain
+from yoso_jax.kernels.mosaic_gpu.collision_chain import collision_chain, evaluate
 from yoso_jax.kernels.mosaic_gpu.expectation_hardware import Hopper, Interpreted
 from yoso_jax.kernels.mosaic_gpu.expectation_tiles import ROWS
 
@@ -47,7 +47,9 @@ class Plan:
       value_dim: D, a multiple of 16.
       hash_code_len: bits of a code.
       has_query_mask: whether some queries may not attend.
-      normalize: whether rows of the result are normalised.
+      normalize: whether rows of the result are normalised, and their norms another result.
+      count: whether rows are divided by the sums of their probabilities, and these another
+        result; not with `normalize`.
     """
 
     batch: int
@@ -59,6 +61,7 @@ class Plan:
     hash_code_len: int
     has_query_mask: bool
     normalize: bool
+    count: bool = False
 
     @property
     def block_keys(self) -> int:
@@ -129,8 +132,8 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
         refs = list(results_and_scratch)
         query_mask = refs.pop(0) if plan.has_query_mask else None
         out = refs.pop(0)
-        norms = refs.pop(0) if plan.normalize else None
-        query_tiles, out_tiles, norm_tiles, key_tiles, scale_tiles, value_tiles, *rest = refs
+        numbers = refs.pop(0) if plan.normalize or plan.count else None
+        query_tiles, out_tiles, number_tiles, key_tiles, scale_tiles, value_tiles, *rest = refs
         *staging, query_loaded, key_loaded, value_loaded, key_used, value_used = rest
         warpgroup = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
@@ -221,9 +224,10 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
                         plgpu.barrier_wait(value_loaded.at[i])
                         hardware.multiply(sums, taken, value_tiles.at[i], staging)
 
-                    def take(step: Any, before: Any) -> Any:
+                    def take(step: Any, taken: Any) -> Any:
                         """The weights of a tile; those before are multiplied with values."""
                         i = lax.rem(first + step, jnp.int32(stages))
+                        before, count = taken
 
                         def multiply(scores: Any) -> Any:
                             plgpu.wgmma(scores, mine, key_tiles.at[i].T)
@@ -235,35 +239,43 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
                         plgpu.barrier_wait(key_loaded.at[i])
                         scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, keys), jnp.float32))
                         weights = hardware.weigh(scores, scale_tiles.at[i], row_values)
+                        if plan.count:
+                            more = jnp.sum(weights, axis=1)
+                            count = more if count is None else count + more
                         plgpu.barrier_arrive(key_used.at[i])
                         if before is not None:
                             # In registers of the weights before, so not earlier.
                             plgpu.wgmma_wait(0)
                             plgpu.barrier_arrive(value_used.at[lax.rem(first + step - 1, stages)])
-                        return weights.astype(dtype)
+                        return weights.astype(dtype), count
 
-                    taken = lax.fori_loop(1, steps, take, take(jnp.int32(0), None))
+                    start = take(jnp.int32(0), (None, None))
+                    taken, count = lax.fori_loop(1, steps, take, start)
                     load_queries(number + 1)
                     add(steps - 1, taken)
-                    return sums[...]
+                    return sums[...], count
 
-                sums = pl.run_scoped(go, plgpu.ACC((ROWS, plan.value_dim), jnp.float32))
+                sums, count = pl.run_scoped(go, plgpu.ACC((ROWS, plan.value_dim), jnp.float32))
                 plgpu.barrier_arrive(value_used.at[lax.rem(first + steps - 1, stages)])
                 # Results before are written.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 if plan.normalize:
                     norm = jnp.sqrt(jnp.sum(sums * sums, axis=1))
                     norm = norm if attends is None else jnp.where(attends, norm, 0)
-                    norm_tiles[warpgroup] = norm
+                    number_tiles[warpgroup] = norm
                     factor = 1 / jnp.maximum(norm, _EPS)
+                    sums = sums * lax.broadcast_in_dim(factor, sums.shape, [0])
+                if plan.count:
+                    number_tiles[warpgroup] = count
+                    factor = 1 / jnp.maximum(count, _EPS)
                     sums = sums * lax.broadcast_in_dim(factor, sums.shape, [0])
                 if attends is not None:
                     sums = jnp.where(lax.broadcast_in_dim(attends, sums.shape, [0]), sums, 0)
                 out_tiles[warpgroup] = sums.astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out_tiles.at[warpgroup], out.at[batch, rows, n])
-                if norms is not None:
-                    plgpu.copy_smem_to_gmem(norm_tiles.at[warpgroup], norms.at[head, rows])
+                if numbers is not None:
+                    plgpu.copy_smem_to_gmem(number_tiles.at[warpgroup], numbers.at[head, rows])
 
             def pass_item(number: Any, steps: Any, first: Any) -> None:
                 """What others wait for, of a warpgroup that has no queries."""
@@ -296,10 +308,10 @@ def _kernel(plan: Plan, dtype: np.dtype, interpret: bool) -> Callable[..., list[
     heads = plan.batch * plan.heads
     queries = plan.units * ROWS
     out = jax.ShapeDtypeStruct((plan.batch, plan.num_queries, plan.heads, plan.value_dim), dtype)
-    norms = jax.ShapeDtypeStruct((heads, queries), jnp.float32)
+    numbers = jax.ShapeDtypeStruct((heads, queries), jnp.float32)
     return plgpu.kernel(
         attend,
-        out_type=[out, norms] if plan.normalize else [out],
+        out_type=[out, numbers] if plan.normalize or plan.count else [out],
         scratch_types=[
             tiles.shared(dtype, warpgroups, ROWS, plan.head_dim),
             tiles.shared(dtype, warpgroups, ROWS, plan.value_dim),
@@ -350,6 +362,81 @@ def attend(
     Returns:
       The rows, in the dtype of `value`, and with `normalize` what their norms were before, float32.
     """
+    out, norm, _ = _run(
+        query,
+        key,
+        value,
+        query_mask,
+        key_mask,
+        hash_code_len=hash_code_len,
+        normalize=normalize,
+        count=False,
+        interpret=interpret,
+    )
+    return out, norm if normalize else None
+
+
+def means(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N D"],
+    query_mask: Bool[Array, "B T"] | None,
+    key_mask: Bool[Array, "B S"] | None,
+    rows: Float[Array, "B T N D"],
+    *,
+    hash_code_len: int,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T N"], Float[Array, "B T N"]]:
+    """As `xla.bucket_means` over all pairs, whatever the hashes.
+
+    Args:
+      query: as of `attend`, like all that are not named here.
+      key: as of `attend`.
+      value: as of `attend`.
+      query_mask: as of `attend`.
+      key_mask: as of `attend`.
+      rows: what each query multiplies values with.
+      hash_code_len: as of `attend`.
+      interpret: as of `attend`.
+    """
+    out, divisor, visited = _run(
+        query,
+        key,
+        value,
+        query_mask,
+        key_mask,
+        hash_code_len=hash_code_len,
+        normalize=False,
+        count=True,
+        interpret=interpret,
+    )
+    # Keys that do not take part are zeros, at right angles to every query.
+    valid = value.shape[1] if key_mask is None else jnp.sum(key_mask, axis=1)
+    zeros = (visited - valid).astype(jnp.float32)[:, None, None]
+    count = divisor - zeros * evaluate(collision_chain(hash_code_len), jnp.float32(0))
+    exists = count > _EPS
+    if query_mask is not None:
+        exists &= query_mask[..., None]
+    # Fused with the transposition that follows, sums take four times as long.
+    mean = lax.optimization_barrier(
+        jnp.sum(out.astype(jnp.float32) * rows.astype(jnp.float32), axis=-1)
+    )
+    return jnp.where(exists, mean * divisor / count, 0), jnp.where(exists, count, 0)
+
+
+def _run(
+    query: Array,
+    key: Array,
+    value: Array,
+    query_mask: Array | None,
+    key_mask: Array | None,
+    *,
+    hash_code_len: int,
+    normalize: bool,
+    count: bool,
+    interpret: bool,
+) -> tuple[Array, Any, Int[Array, " B"]]:
+    """The rows, their norms or counts if asked for, and how many keys a query met in its tiles."""
     batch, num_queries, heads, _ = query.shape
     num_keys, value_dim = value.shape[1], value.shape[-1]
     ends = tiles.ends_of(query_mask, query, key_mask, key)
@@ -366,6 +453,7 @@ def attend(
         hash_code_len=hash_code_len,
         has_query_mask=query_mask is not None,
         normalize=normalize,
+        count=count,
     )
     scales = tiles.pad_to(scales, -(-num_keys // plan.block_keys) * plan.block_keys)
     scales = tiles.in_column_order(scales)
@@ -373,9 +461,9 @@ def attend(
     arguments = [query, key, value, scales, ends]
     if query_mask is not None:
         arguments.append(tiles.pad_to(query_mask.astype(jnp.float32), plan.units * ROWS))
-    out, *norms = kernel(*arguments)
-    out = out[:, :num_queries, :, :value_dim]
-    if not normalize:
-        return out, None
-    norm = norms[0][:, :num_queries].reshape(batch, heads, num_queries)
-    return out, jnp.swapaxes(norm, 1, 2)
+    out, *numbers = kernel(*arguments)
+    numbers = [
+        jnp.swapaxes(x[:, :num_queries].reshape(batch, heads, num_queries), 1, 2) for x in numbers
+    ]
+    visited = jnp.maximum(-(-ends[1::2] // plan.block_keys), 1) * plan.block_keys
+    return out[:, :num_queries, :, :value_dim], numbers[0] if numbers else None, visited

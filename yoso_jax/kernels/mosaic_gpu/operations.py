@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt16
 from yoso_jax.kernels import effects, xla
 from yoso_jax.kernels.codes import hash_codes
 from yoso_jax.kernels.mosaic_gpu import buckets, cumulation, hashing, hopper, layout
-from yoso_jax.kernels.mosaic_gpu.expectation import attend
+from yoso_jax.kernels.mosaic_gpu.expectation import attend, means
 from yoso_jax.kernels.mosaic_gpu.expectation_backward import gradients
 from yoso_jax.kernels.mosaic_gpu.expectation_tiles import MAX_DIM
 from yoso_jax.kernels.mosaic_gpu.tangents import COLUMNS, tangents
@@ -266,7 +266,7 @@ class _Near:
         query, key, value, *_ = self.args
         options = dict(hash_code_len=self.hash_code_len)
         if self.bucket_bits == 0:
-            all_args: Any = *self.args, self._shift(self._find())
+            all_args: Any = *self.args, self._shift(None)
             if value.dtype == jnp.float32:
                 return xla.expected_gradients(*all_args, **options)
             return _expected_gradients(*all_args, **options)
@@ -295,11 +295,13 @@ class _Near:
     def _shift(self, found: buckets.Buckets | None) -> Array | None:
         if self.balance is None:
             return None
-        if found is None:
-            options = dict(hash_code_len=self.hash_code_len, bucket_bits=self.bucket_bits)
-            args: Any = *self.codes, *self.args
-            return self.balance(*xla.bucket_means(*args, **options))
-        return self.balance(*self._vary(buckets.means(found)))
+        if found is not None:
+            return self.balance(*self._vary(buckets.means(found)))
+        options = dict(hash_code_len=self.hash_code_len)
+        if self.bucket_bits == 0 and self.args[2].dtype != jnp.float32:
+            return self.balance(*self._vary(means(*self.args, **options)))
+        args: Any = *self.codes, *self.args
+        return self.balance(*xla.bucket_means(*args, **options, bucket_bits=self.bucket_bits))
 
     def _vary[Arrays](self, arrays: Arrays) -> Arrays:
         return jax.tree.map(lambda x: vary_like(x, *self.args, *self.codes), arrays)
