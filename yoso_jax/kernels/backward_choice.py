@@ -43,8 +43,8 @@ CROSSOVERS = {
     "gpu": Crossover(
         8192,
         "H200, jax 0.11.2, bfloat16, H = 64, normalised rows, forward and backward pass by "
-        "mosaic_gpu: the expectation's time is 0.93 times the buckets' at 4,096, where these take "
-        "all pairs, too, 1.6 at 8,192, 2.9 at 16,384; 1.8 and 5.5 times that of 3 hashes at 4,096 "
+        "mosaic_gpu: the expectation's time is 0.92 times the buckets' at 4,096, where these take "
+        "all pairs, too, 1.4 at 8,192, 2.4 at 16,384; 1.5 and 4.7 times that of 3 hashes at 4,096 "
         "and 16,384 (benchmarks/results/expectation_backward.json, mixed_8192.json, "
         "bucketed_8_hashes.json, bucketed_3_hashes.json)",
     ),
