@@ -20,7 +20,7 @@ import pytest
 
 from yoso_jax.data import archives, public
 from yoso_jax.data.archives import read_files
-from yoso_jax.data.public import PUBLIC_DATA, convert_fashion_mnist, untag
+from yoso_jax.data.public import PUBLIC_DATA, convert_fashion_mnist
 from yoso_jax.errors import DataError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "get_data.py"
@@ -210,19 +210,6 @@ def test_movie_reviews_are_split_and_labelled(run: Run, data: Path, tmp_path: Pa
     assert sorted(rows) == sorted(kept)
 
 
-@pytest.mark.parametrize(
-    ("tagged", "text"),
-    [
-        ("``/`` No/rb ''/'' ,/, he/pps said/vbd ./.\n\n\n\tYes/rb ./.", '"No", he said.\nYes.\n'),
-        ("(/( a/at 1/2/cd inch/nn )/) :/:", "(a 1/2 inch):\n"),
-        ("Ivan/np Allen/np Jr./np ./. So/rb ;/. ;/. a/at .22/cd", "Ivan Allen Jr. So; a .22\n"),
-        ("\n\n", ""),
-    ],
-)
-def test_untag(tagged: str, text: str) -> None:
-    assert untag(tagged) == text
-
-
 def test_fashion_mnist_is_checked_file_by_file(tmp_path: Path) -> None:
     idx = b"\0\0\x08\x01"
     files = {"a.gz": (4, hashlib.sha256(idx).hexdigest())}
@@ -373,7 +360,7 @@ def test_failed_fetch_is_one_message_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["imdb"], 2, "NAME must be one of mail, fashion-mnist, brown, movie-reviews, docs"),
+        (["imdb"], 2, "NAME must be one of mail, fashion-mnist, brown, brown-names, brown-endings"),
         ([], 2, "got ''; see --list"),
         (["docs", "--archive", "{0}"], 3, "--archive must name 2 files, of python3-doc, linux-doc"),
         (["docs", "--archive", "{1}", "{0}"], 3, "archive1 is damaged or not python3-doc"),

@@ -58,6 +58,14 @@ class PublicData:
     convert: Callable[[Sequence[Path], Path], None]
 
 
+def write_file(file: Path, contents: bytes) -> None:
+    """Writes a file that a conversion makes, and the folder it is in, if need be."""
+    file.parent.mkdir(exist_ok=True)
+    # Two of one name would be a mistake of the conversion, not the user's.
+    with file.open("xb") as stream:
+        stream.write(contents)
+
+
 def get_data(
     data: PublicData,
     folder: Path,

