@@ -20,7 +20,16 @@ from yoso_jax import kernels, yoso_attention
 from yoso_jax.attention import sampled_attention
 from yoso_jax.hashing import sample_projection
 from yoso_jax.kernels import dispatch, xla
-from yoso_jax.kernels.mosaic_gpu import buckets, cumulation, hashing, hopper, layout, operations
+from yoso_jax.kernels.mosaic_gpu import (
+    buckets,
+    cumulation,
+    hashes,
+    hashing,
+    hopper,
+    layout,
+    numbering,
+    operations,
+)
 
 RNG = jax.random.key(5)
 backward = pytest.mark.parametrize("backward", ["sampled", "expectation"])
@@ -105,12 +114,10 @@ def test_a_shape_falls_back_and_says_so_once(monkeypatch, caplog):
     args = inputs((1, 8, 1, 8))[:3]
     with caplog.at_level(logging.INFO, logger=dispatch.__name__):
         for _ in range(2):
-            jaxpr = jax.make_jaxpr(functools.partial(attend, implementation=None, hash_code_len=13))
+            jaxpr = jax.make_jaxpr(functools.partial(attend, implementation=None, num_hashes=129))
             assert "mosaic_gpu" not in str(jaxpr(*args))
     assert len(caplog.records) == 1
-    assert (
-        "sampled runs by xla: mosaic_gpu needs hash_code_len in 1..12" in caplog.records[0].message
-    )
+    assert "sampled runs by xla: mosaic_gpu needs num_hashes in 1..128" in caplog.records[0].message
     assert "mosaic_gpu" in str(
         jax.make_jaxpr(functools.partial(attend, implementation=None))(*args)
     )
@@ -119,7 +126,10 @@ def test_a_shape_falls_back_and_says_so_once(monkeypatch, caplog):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(hash_code_len=13), r"mosaic_gpu needs hash_code_len in 1\.\.12, got 13"),
+        (
+            dict(hash_code_len=13, num_keys=4089),
+            r"hash_code_len in 1\.\.12 for more than 4096 queries and keys .* got 13 for 4097",
+        ),
         (dict(num_hashes=129), r"mosaic_gpu needs num_hashes in 1\.\.128, got 129"),
         (dict(num_hashes=None, dtype=jnp.float32), "bfloat16 or float16 arrays for the expect"),
         (dict(num_hashes=None, head_dim=257), r"dimension of query in 1\.\.256, got 257"),
@@ -132,7 +142,8 @@ def test_a_shape_falls_back_and_says_so_once(monkeypatch, caplog):
 )
 def test_refuses_what_has_no_kernel(change, message):
     shape = (1, 8, 1, change.pop("head_dim", 8))
-    arrays = {name: change.pop(name) for name in ("value_dim", "dtype") if name in change}
+    names = ("num_keys", "value_dim", "dtype")
+    arrays = {name: change.pop(name) for name in names if name in change}
     with pytest.raises(NotImplementedError, match=message):
         jax.eval_shape(functools.partial(attend, **change), *inputs(shape, **arrays)[:3])
 
@@ -189,16 +200,18 @@ def on_any_machine(monkeypatch):
         dict(backward="sampled"),
         dict(backward="expectation"),
         dict(backward="bucketed", bucket_bits=2),
+        dict(backward="bucketed", bucket_bits=2, hash_code_len=16),
         dict(num_hashes=None),
     ],
-    ids=["sampled", "sampled-E", "bucketed", "expectation"],
+    ids=["sampled", "sampled-E", "bucketed", "numbered", "expectation"],
 )
 def test_lowers_for_cuda_under_transformations(on_any_machine, options):
     *args, _ = inputs((1, 64, 2, 16))
     attend_so = functools.partial(attend, **options)
     grad = gradients(**options)
     forward = lower(attend_so, *args).count("@mosaic_gpu")
-    assert forward >= (1 if "num_hashes" in options else 3)
+    # Long codes are hashed by XLA.
+    assert forward >= (1 if len({"num_hashes", "hash_code_len"} & {*options}) else 3)
     assert lower(grad, *args).count("@mosaic_gpu") > forward
     assert "@mosaic_gpu" in lower(jax.vmap(grad), *(jnp.stack([x, x]) for x in args))
 
@@ -292,7 +305,7 @@ def numpy_call(program, *inputs):
 def in_numpy(monkeypatch, on_any_machine):
     """Lanes run in NumPy, and XLA hashes: without rounding, as in its own implementation."""
     monkeypatch.setattr(hopper, "only", lambda x: x)
-    monkeypatch.setattr(hashing, "hash_tokens", operations.hash_tokens_by_xla)
+    monkeypatch.setattr(hashing, "hash_tokens", hashes.hash_tokens_by_xla)
     cumulate = functools.partial(cumulation.cumulate, call=numpy_call)
     monkeypatch.setattr(cumulation, "cumulate", cumulate)
     tangents = functools.partial(operations.tangents, call=numpy_call)
@@ -368,6 +381,19 @@ def test_equals_xla_unnormalised(in_numpy):
     assert_agrees_with_xla(args, cotangent, 1e-2, normalize=False)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    ("backward", "hash_code_len"), [("sampled", 13), ("expectation", 14), ("bucketed", 16)]
+)
+def test_codes_of_more_bits_than_tables_have(in_numpy, backward, hash_code_len, normalize):
+    *args, cotangent = inputs((2, 19, 2, 16), num_keys=13, value_dim=5, dtype=jnp.float32)
+    # Close enough to collide.
+    args[1] = args[1].at[:, :7].set(args[0][:, :7] + 0.02 * args[1][:, :7])
+    options = dict(backward=backward, hash_code_len=hash_code_len, normalize=normalize)
+    out, *_ = assert_agrees_with_xla(args, cotangent, 1e-4, bucket_bits=2, **options)
+    assert norm(out) > 0
+
+
 def test_single_key(in_numpy):
     *args, cotangent = inputs((2, 1, 1, 16))
     assert_agrees_with_xla(args, cotangent, 1e-2)
@@ -422,10 +448,15 @@ def test_under_vmap(in_numpy):
             assert relative_error(result[i], wanted) < 1e-5
 
 
-def test_cumulation_equals_xla(in_numpy):
+@pytest.mark.parametrize("hash_code_len", [3, 16])
+def test_cumulation_equals_xla(in_numpy, hash_code_len):
     dtype = jnp.bfloat16
     query_codes, key_codes = draw_codes((2, 3, 10, 5), (2, 3, 14, 5), num_codes=8)
     query_codes = query_codes.astype(jnp.uint8)
+    if hash_code_len == 16:
+        query_codes, key_codes = (
+            65535 - 1000 * codes.astype(jnp.int32) for codes in (query_codes, key_codes)
+        )
     (value,) = normal((2, 3, 14, 6), dtype=dtype)
     rng = np.random.default_rng(2)
     masks = {
@@ -438,7 +469,7 @@ def test_cumulation_equals_xla(in_numpy):
             query_codes,
             key_codes,
             value,
-            hash_code_len=3,
+            hash_code_len=hash_code_len,
             implementation=implementation,
             **masks,
         )
@@ -455,11 +486,29 @@ def test_cumulation_equals_xla(in_numpy):
         assert relative_error(results[1](expected[0])[0], expected[1](expected[0])[0]) < tolerance
 
 
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (37, 5), (3000, 1096)])
+def test_numbers_are_equal_where_codes_are(num_queries, num_keys):
+    codes = draw_codes((2, num_queries, 3), (2, num_keys, 3), num_codes=2**16)
+    codes = [x.at[:, :, 0].set(x[:, :, 0] % 7) for x in codes]
+    numbers = jax.jit(numbering.number_codes)(*codes)
+    bits = numbering.number_bits(num_queries + num_keys)
+    assert bits <= layout.MAX_CODE_LEN
+    codes, numbers = (
+        np.concatenate([np.asarray(x) for x in pair], axis=1) for pair in (codes, numbers)
+    )
+    assert (numbers < 2**bits).all()
+    for head in range(2):
+        for m in range(3):
+            pairs = set(zip(codes[head, :, m].tolist(), numbers[head, :, m].tolist(), strict=True))
+            assert len({code for code, _ in pairs}) == len(pairs)
+            assert len({number for _, number in pairs}) == len(pairs)
+
+
 @pytest.mark.parametrize(("num_hashes", "hash_code_len"), [(1, 1), (11, 9), (16, 12)])
 def test_plain_codes_are_those_arranged(num_hashes, hash_code_len):
     (codes,) = draw_codes((2, 21, num_hashes), num_codes=2**hash_code_len)
     arranged = layout.arrange_codes(codes, hash_code_len=hash_code_len, filler=1)
-    plain = operations.plain_codes(arranged, num_hashes=num_hashes, hash_code_len=hash_code_len)
+    plain = hashes.plain_codes(arranged, num_hashes=num_hashes, hash_code_len=hash_code_len)
     np.testing.assert_array_equal(plain, codes)
 
 
@@ -493,7 +542,9 @@ def test_gpu_agrees_with_xla(exact_products, case, dtype, backward):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("hash_fn", ["gaussian", "fast"])
-@pytest.mark.parametrize(("num_hashes", "hash_code_len"), [(1, 1), (33, 10), (128, 8), (20, 12)])
+@pytest.mark.parametrize(
+    ("num_hashes", "hash_code_len"), [(1, 1), (33, 10), (128, 8), (20, 12), (32, 16)]
+)
 def test_gpu_with_any_hashes(exact_products, num_hashes, hash_code_len, hash_fn):
     *args, cotangent = inputs((2, 500, 2, 64))
     options = dict(num_hashes=num_hashes, hash_code_len=hash_code_len, hash_fn=hash_fn)

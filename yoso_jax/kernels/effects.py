@@ -81,6 +81,19 @@ def balance(
     return -(1 + share) / 2 * mean.astype(dtype)
 
 
+def first_projection(
+    projection: Float[Array, "B N H columns"],
+    *,
+    hash_code_len: int,
+    num_hashes: int,
+    num_bits: int,
+) -> Float[Array, "B N H first"]:
+    """The first bits of the first hashes of `projection`; arguments as of `other_projection`."""
+    *batch, head_dim, _ = projection.shape
+    hashes = projection.reshape(*batch, head_dim, -1, hash_code_len)
+    return hashes[..., :num_hashes, :num_bits].reshape(*batch, head_dim, -1)
+
+
 def other_projection(
     projection: Float[Array, "B N H columns"],
     *,
@@ -100,10 +113,9 @@ def other_projection(
       num_hashes: how many others.
       num_bits: bits of these, at least 1.
     """
-    *batch, head_dim, _ = projection.shape
-    hashes = projection.reshape(*batch, head_dim, -1, hash_code_len)
-    first = hashes[..., :num_hashes, :num_bits].reshape(*batch, head_dim, -1)
-    half = head_dim // 2
+    options = dict(hash_code_len=hash_code_len, num_hashes=num_hashes, num_bits=num_bits)
+    first = first_projection(projection, **options)
+    half = first.shape[-2] // 2
     parts = -first[..., half : 2 * half, :], first[..., :half, :], first[..., 2 * half :, :]
     return jnp.concatenate(parts, axis=-2)
 

@@ -9,14 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt16
+from jaxtyping import Array, Bool, Float, Int
 
 from yoso_jax.kernels import effects, xla
-from yoso_jax.kernels.codes import hash_codes
 from yoso_jax.kernels.mosaic_gpu import buckets, cumulation, hashing, hopper, layout
 from yoso_jax.kernels.mosaic_gpu.expectation import attend, means
 from yoso_jax.kernels.mosaic_gpu.expectation_backward import gradients
 from yoso_jax.kernels.mosaic_gpu.expectation_tiles import MAX_DIM
+from yoso_jax.kernels.mosaic_gpu.hashes import Hashes, plain_codes
+from yoso_jax.kernels.mosaic_gpu.numbering import MAX_TOKENS, number_bits, number_codes
 from yoso_jax.kernels.mosaic_gpu.tangents import COLUMNS, tangents
 from yoso_jax.kernels.mosaic_gpu.varying import vary_like
 
@@ -31,39 +32,6 @@ class Kept:
     """
 
     codes: tuple[Array, Array] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Hashes:
-    """What the signs of a projection say."""
-
-    projection: Array
-    hash_code_len: int
-
-    @property
-    def number(self) -> int:
-        """How many they are."""
-        return self.projection.shape[-1] // self.hash_code_len
-
-    def others(self, number: int, num_bits: int) -> "Hashes":
-        """As `effects.other_projection` says."""
-        options = dict(hash_code_len=self.hash_code_len, num_hashes=number, num_bits=num_bits)
-        return Hashes(effects.other_projection(self.projection, **options), num_bits)
-
-    def both(
-        self, query: Float[Array, "B T N H"], key: Float[Array, "B S N H"]
-    ) -> tuple[UInt16[Array, "heads groups T 8"], UInt16[Array, "heads groups S 8"]]:
-        """Codes as `layout.arrange_codes` returns them.
-
-        Masked tokens have codes, too: what is in their rows does not matter, since they neither add
-        to a table nor read from one. Nor does the length of a token matter.
-        """
-        return self._codes(query, filler=0), self._codes(key, filler=1)
-
-    def _codes(self, x: Array, *, filler: int) -> Array:
-        hash_fn = hash_tokens_by_xla if x.dtype == jnp.float32 else hashing.hash_tokens
-        options = dict(hash_code_len=self.hash_code_len, filler=filler)
-        return vary_like(hash_fn(x, self.projection, **options), x, self.projection)
 
 
 def sampled(
@@ -84,7 +52,7 @@ def sampled(
       NotImplementedError: there are no kernels for the device, a shape or the dtype.
     """
     hashes = Hashes(projection, hash_code_len)
-    _check(value, hashes.number, hash_code_len)
+    _check(value, hashes.number, hash_code_len, query.shape[1] + key.shape[1])
     _check_size("the last dimension of query", query.shape[-1], hashing.MAX_HEAD_DIM)
     codes = hashes.both(hopper.only(query), hopper.only(key))
     out = _cumulate(
@@ -93,7 +61,7 @@ def sampled(
         query_mask,
         key_mask,
         num_hashes=hashes.number,
-        hash_code_len=hash_code_len,
+        hash_code_len=hashes.table_bits(query, key),
         normalize=normalize,
     )
     out, norm = out if normalize else (out, None)
@@ -130,7 +98,7 @@ def sampled_backward(
     args = query, key, value, query_mask, key_mask
     codes = kept.codes or hashes.both(query, key)
     batch, _, heads, _ = query.shape
-    bits = dict(hash_code_len=hash_code_len)
+    table_bits = hashes.table_bits(query, key)
 
     def plain(codes: tuple[Array, Array], num_hashes: int, code_len: int) -> list[Array]:
         options = dict(num_hashes=num_hashes, hash_code_len=code_len)
@@ -141,13 +109,15 @@ def sampled_backward(
             (grad_out,) = _before_normalizing(grad_out, unit, norm)
         args = *args, grad_out
         grads = xla.surrogate_gradients(
-            xla.Codes(*plain(codes, hashes.number, hash_code_len)), *args, **bits
+            xla.Codes(*plain(codes, hashes.number, table_bits)),
+            *args,
+            hash_code_len=hash_code_len,
         )[:2]
     else:
         rows, balance, options = grad_out, None, dict(num_hashes=hashes.number)
         # Without bits there is one bucket, whatever the hash.
         number = num_backward_hashes if bucket_bits else 1
-        near_codes, near_len = codes, hash_code_len
+        near_codes, near_bits, others = codes, table_bits, None
         if unit is not None and norm is not None:
             scale = effects.collision_scales(unit, norm, value, key_mask, **options)
             grad_out, rows = _before_normalizing(grad_out, unit, norm, 1 / scale)
@@ -156,9 +126,13 @@ def sampled_backward(
             )
             if bucket_bits:
                 others = hashes.others(number, bucket_bits)
-                near_codes, near_len = others.both(query, key), bucket_bits
+        elif bucket_bits and hash_code_len > layout.MAX_CODE_LEN:
+            # Numbers of codes have not their first bits.
+            others = hashes.first(number, bucket_bits)
+        if others is not None:
+            near_codes, near_bits = others.both(query, key), others.table_bits(query, key)
         near = _Near(
-            plain(near_codes, number, near_len),
+            plain(near_codes, number, near_bits),
             (*args, rows.astype(value.dtype)),
             balance,
             hash_code_len,
@@ -171,7 +145,7 @@ def sampled_backward(
         key_mask,
         query_mask,
         num_hashes=hashes.number,
-        hash_code_len=hash_code_len,
+        hash_code_len=table_bits,
     )
     return *grads, grad_value
 
@@ -333,18 +307,23 @@ def lsh_cumulation(
     """
     num_queries, num_hashes = query_codes.shape[-2:]
     *batch, num_keys, value_dim = value.shape
-    _check(value, num_hashes, hash_code_len)
+    _check(value, num_hashes, hash_code_len, num_queries + num_keys)
     if 0 in (*batch, num_queries, num_keys):
         raise NotImplementedError("mosaic_gpu needs at least one query and one key.")
     heads = math.prod(batch)
+    query_codes = query_codes.reshape(heads, num_queries, num_hashes)
+    key_codes = key_codes.reshape(heads, num_keys, num_hashes)
+    if hash_code_len > layout.MAX_CODE_LEN:
+        query_codes, key_codes = number_codes(query_codes, key_codes)
+        hash_code_len = number_bits(num_queries + num_keys)
     arrange = functools.partial(layout.arrange_codes, hash_code_len=hash_code_len)
     query_mask, key_mask = (
         None if mask is None else mask.reshape(heads, mask.shape[-1])
         for mask in (query_mask, key_mask)
     )
     out = _cumulate(
-        arrange(query_codes.reshape(heads, num_queries, num_hashes), filler=0),
-        arrange(key_codes.reshape(heads, num_keys, num_hashes), filler=1),
+        arrange(query_codes, filler=0),
+        arrange(key_codes, filler=1),
         hopper.only(value).reshape(heads, num_keys, 1, value_dim),
         query_mask,
         key_mask,
@@ -354,28 +333,12 @@ def lsh_cumulation(
     return out.reshape(*batch, num_queries, value_dim)
 
 
-def plain_codes(
-    arranged: UInt16[Array, "heads groups tokens 8"], *, num_hashes: int, hash_code_len: int
-) -> Int[Array, "heads tokens {num_hashes}"]:
-    """The inverse of `layout.arrange_codes`, of the first hashes."""
-    groups = -(-num_hashes // layout.HASHES)
-    arranged = arranged[:, :groups]
-    heads, _, tokens, _ = arranged.shape
-    codes = arranged.astype(jnp.int32) // (layout.code_scale(hash_code_len) * layout.HASHES)
-    token = jnp.arange(tokens)[:, None]
-    for distance in (1, 2, 4):
-        pairs = codes.reshape(heads, groups, tokens, -1, 2, distance)
-        swapped = pairs[..., ::-1, :].reshape(codes.shape)
-        codes = jnp.where(token & distance != 0, swapped, codes)
-    return jnp.swapaxes(codes, 1, 2).reshape(heads, tokens, -1)[..., :num_hashes]
-
-
 def _cumulate(*args: Any, **options: Any) -> Any:
     out = cumulation.cumulate(*args, **options)
     return jax.tree.map(lambda x: vary_like(x, *args), out)
 
 
-def _check(value: Array, num_hashes: int, hash_code_len: int) -> None:
+def _check(value: Array, num_hashes: int, hash_code_len: int, num_tokens: int) -> None:
     """To be called before anything is computed: another implementation may have to."""
     hopper.check()
     if value.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
@@ -383,24 +346,14 @@ def _check(value: Array, num_hashes: int, hash_code_len: int) -> None:
             f"mosaic_gpu needs float32, bfloat16 or float16 arrays, got {value.dtype}."
         )
     _check_size("num_hashes", num_hashes, cumulation.MAX_HASHES)
-    _check_size("hash_code_len", hash_code_len, layout.MAX_CODE_LEN)
+    if hash_code_len > layout.MAX_CODE_LEN and num_tokens > MAX_TOKENS:
+        raise NotImplementedError(
+            f"mosaic_gpu needs hash_code_len in 1..{layout.MAX_CODE_LEN} for more than "
+            f"{MAX_TOKENS} queries and keys together, got {hash_code_len} for {num_tokens}."
+        )
     _check_size("the last dimension of value", value.shape[-1], cumulation.MAX_VALUE_DIM)
 
 
 def _check_size(name: str, size: int, most: int) -> None:
     if not 1 <= size <= most:
         raise NotImplementedError(f"mosaic_gpu needs {name} in 1..{most}, got {size}.")
-
-
-def hash_tokens_by_xla(
-    x: Float[Array, "B T N H"],
-    projection: Float[Array, "B N H columns"],
-    *,
-    hash_code_len: int,
-    filler: int,
-) -> UInt16[Array, "heads groups T 8"]:
-    """As `hashing.hash_tokens`, whose tensor cores would round float32."""
-    x, projection = xla.heads_first(x, None), xla.widen(projection)
-    codes = hash_codes(x, projection, hash_code_len=hash_code_len)
-    codes = codes.reshape(-1, *codes.shape[2:])
-    return layout.arrange_codes(codes, hash_code_len=hash_code_len, filler=filler)
