@@ -13,6 +13,7 @@ from yoso_jax import kernels
 from yoso_jax.hashing import sample_projection, sample_signs
 from yoso_jax.kernels import collisions, reference
 from yoso_jax.kernels.codes import fast_hash_projection, hadamard_transform, hash_codes
+from yoso_jax.kernels.numbering import number_bits, number_codes
 
 
 def relative_error(result, expected):
@@ -224,6 +225,23 @@ def test_one_hot_tables_equal_scattered_ones(monkeypatch, hash_code_len, num_has
     np.testing.assert_allclose(cumulation(), expected, atol=1e-5)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args))
     np.testing.assert_allclose(cumulation(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (37, 5), (3000, 1096)])
+def test_numbers_are_equal_where_codes_are(num_queries, num_keys):
+    codes = draw_codes((2, num_queries, 3), (2, num_keys, 3), num_codes=2**16)
+    codes = [x.at[:, :, 0].set(x[:, :, 0] % 7) for x in codes]
+    numbers = jax.jit(number_codes)(*codes)
+    bits = number_bits(num_queries + num_keys)
+    codes, numbers = (
+        np.concatenate([np.asarray(x) for x in pair], axis=1) for pair in (codes, numbers)
+    )
+    assert (numbers < 2**bits).all()
+    for head in range(2):
+        for m in range(3):
+            pairs = set(zip(codes[head, :, m].tolist(), numbers[head, :, m].tolist(), strict=True))
+            assert len({code for code, _ in pairs}) == len(pairs)
+            assert len({number for _, number in pairs}) == len(pairs)
 
 
 @pytest.mark.parametrize("hash_code_len", [1, 9, 16])

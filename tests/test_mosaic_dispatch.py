@@ -27,7 +27,6 @@ from yoso_jax.kernels.mosaic_gpu import (
     hashing,
     hopper,
     layout,
-    numbering,
     operations,
 )
 
@@ -488,24 +487,6 @@ def test_cumulation_equals_xla(in_numpy, hash_code_len):
         tolerance = TOLERANCE[results[0].dtype.name]
         assert relative_error(results[0], expected[0]) < tolerance
         assert relative_error(results[1](expected[0])[0], expected[1](expected[0])[0]) < tolerance
-
-
-@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (37, 5), (3000, 1096)])
-def test_numbers_are_equal_where_codes_are(num_queries, num_keys):
-    codes = draw_codes((2, num_queries, 3), (2, num_keys, 3), num_codes=2**16)
-    codes = [x.at[:, :, 0].set(x[:, :, 0] % 7) for x in codes]
-    numbers = jax.jit(numbering.number_codes)(*codes)
-    bits = numbering.number_bits(num_queries + num_keys)
-    assert bits <= layout.MAX_CODE_LEN
-    codes, numbers = (
-        np.concatenate([np.asarray(x) for x in pair], axis=1) for pair in (codes, numbers)
-    )
-    assert (numbers < 2**bits).all()
-    for head in range(2):
-        for m in range(3):
-            pairs = set(zip(codes[head, :, m].tolist(), numbers[head, :, m].tolist(), strict=True))
-            assert len({code for code, _ in pairs}) == len(pairs)
-            assert len({number for _, number in pairs}) == len(pairs)
 
 
 @pytest.mark.parametrize(("num_hashes", "hash_code_len"), [(1, 1), (11, 9), (16, 12)])

@@ -8,8 +8,8 @@ from jaxtyping import Array, Float, Int, UInt16
 from yoso_jax.kernels import effects, xla
 from yoso_jax.kernels.codes import hash_codes
 from yoso_jax.kernels.mosaic_gpu import hashing, layout
-from yoso_jax.kernels.mosaic_gpu.numbering import number_bits, number_codes
 from yoso_jax.kernels.mosaic_gpu.varying import vary_like
+from yoso_jax.kernels.numbering import number_bits, number_codes
 
 
 @dataclasses.dataclass(frozen=True)

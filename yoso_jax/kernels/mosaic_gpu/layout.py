@@ -21,6 +21,9 @@ HASHES = 8
 """Hashes of a group."""
 
 MAX_CODE_LEN = 12
+MAX_TOKENS = 2**MAX_CODE_LEN
+"""Queries and keys together whose codes have numbers of so many bits, whatever bits they have."""
+
 _MAX_SLOT_BYTES = 16
 
 

@@ -17,9 +17,9 @@ from yoso_jax.kernels.mosaic_gpu.expectation import attend, means
 from yoso_jax.kernels.mosaic_gpu.expectation_backward import gradients
 from yoso_jax.kernels.mosaic_gpu.expectation_tiles import MAX_DIM
 from yoso_jax.kernels.mosaic_gpu.hashes import Hashes, plain_codes
-from yoso_jax.kernels.mosaic_gpu.numbering import MAX_TOKENS, number_bits, number_codes
 from yoso_jax.kernels.mosaic_gpu.tangents import COLUMNS, tangents
 from yoso_jax.kernels.mosaic_gpu.varying import vary_like
+from yoso_jax.kernels.numbering import number_bits, number_codes
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["codes"], meta_fields=[])
@@ -346,10 +346,10 @@ def _check(value: Array, num_hashes: int, hash_code_len: int, num_tokens: int) -
             f"mosaic_gpu needs float32, bfloat16 or float16 arrays, got {value.dtype}."
         )
     _check_size("num_hashes", num_hashes, cumulation.MAX_HASHES)
-    if hash_code_len > layout.MAX_CODE_LEN and num_tokens > MAX_TOKENS:
+    if hash_code_len > layout.MAX_CODE_LEN and num_tokens > layout.MAX_TOKENS:
         raise NotImplementedError(
             f"mosaic_gpu needs hash_code_len in 1..{layout.MAX_CODE_LEN} for more than "
-            f"{MAX_TOKENS} queries and keys together, got {hash_code_len} for {num_tokens}."
+            f"{layout.MAX_TOKENS} queries and keys together, got {hash_code_len} for {num_tokens}."
         )
     _check_size("the last dimension of value", value.shape[-1], cumulation.MAX_VALUE_DIM)
 
