@@ -311,7 +311,6 @@ INTERPRETED = {
     "more-work-than-blocks": (150, 130, 16, 16, 6, 1, 2, 1, True, True),
     "unequal-buckets-without-tokens": (70, 200, 64, 48, 9, 4, 1, 2, False, True),
     "all-bits": (65, 65, 33, 20, 5, 5, 1, 1, True, False),
-    "one-bucket": (130, 64, 128, 16, 4, 0, 1, 132, False, False),
 }
 
 

@@ -165,13 +165,16 @@ def test_kernels_lower_for_cuda(case):
         jax.ShapeDtypeStruct((2, n), bool) if chosen[name] else None
         for name, n in (("query_mask", num_queries), ("key_mask", num_keys))
     ]
-    for normalize in (False, True):
+    # One of three ways in which the forward kernel ends.
+    if case % 3 == 2:
+        means = functools.partial(expectation.means, hash_code_len=hash_code_len)
+        text = lower(means, *args, *masks, cotangent)
+    else:
         forward = functools.partial(
-            expectation.attend, hash_code_len=hash_code_len, normalize=normalize
+            expectation.attend, hash_code_len=hash_code_len, normalize=case % 3 == 1
         )
-        assert lower(forward, *args, *masks).count("@mosaic_gpu") == 1
-    means = functools.partial(expectation.means, hash_code_len=hash_code_len)
-    assert lower(means, *args, *masks, cotangent).count("@mosaic_gpu") == 1
+        text = lower(forward, *args, *masks)
+    assert text.count("@mosaic_gpu") == 1
     options = {name: chosen[name] for name in ("deterministic", "with_value")}
     backward = functools.partial(
         expectation_backward.gradients, hash_code_len=hash_code_len, **options
