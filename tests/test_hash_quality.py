@@ -41,7 +41,7 @@ def test_collision_rate_is_the_expectation(hash_fn, head_dim, hash_code_len):
         jax.random.key(head_dim),
         head_dim=head_dim,
         hash_code_len=hash_code_len,
-        draws=4000,
+        draws=2000,
         hash_fn=hash_fn,
     )
     expected = (1 - ANGLES / np.pi) ** hash_code_len

@@ -84,22 +84,25 @@ def capture(
     Raises:
         ConfigError: the model has no sampled attention, or scans or rematerialises its layers.
     """
-    model = nnx.merge(objective.make_graphdef(), params)
-    hash_key, dropout_key = jax.random.split(key)
     calls: list[tuple[Any, ...]] = []
 
-    def loss(perturbations: list[Array]) -> tuple[Array, list[tuple[Any, ...]]]:
+    def loss(
+        perturbations: list[Array], params: PyTree, batch: HostBatch, key: Array
+    ) -> tuple[Array, list[tuple[Any, ...]]]:
         calls.clear()
+        model = nnx.merge(objective.make_graphdef(), params)
+        hash_key, dropout_key = jax.random.split(key)
         with _replace_attention(calls, perturbations):
             rngs = nnx.Rngs(hash=hash_key, dropout=dropout_key)
             return objective.loss(model, batch, rngs)[0], [call[:4] for call in calls]
 
-    jax.eval_shape(lambda: loss([])[0])  # tells the shapes
+    args = params, batch, key
+    jax.eval_shape(lambda *args: loss([], *args)[0], *args)  # tells the shapes
     if not calls:
         raise ConfigError("gradient noise is that of sampled attention, which the run has none of")
     try:
         zeros = [jnp.zeros(value.shape, value.dtype) for _, _, value, *_ in calls]
-        gradients, seen = jax.grad(loss, has_aux=True)(zeros)
+        gradients, seen = jax.jit(jax.grad(loss, has_aux=True))(zeros, *args)
     except jax.errors.UnexpectedTracerError as error:
         raise ConfigError("layers must be looped over: scan_layers and remat off") from error
     return [
