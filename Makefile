@@ -2,9 +2,10 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-newest demo test test-newest lint clean
 
-# Pytest processes; one file's tests stay in one process, which compiles each shape once.
+# Pytest processes; one file's tests stay in one process, which compiles each shape once. Files are
+# taken in their order: those with the most tests first, the default, would leave long ones for last.
 JOBS ?= 2
-PYTEST = -m pytest -n $(JOBS) --dist loadfile
+PYTEST = -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # What depends most on JAX, Flax, Orbax and Grain themselves.
 NEWEST = $(addprefix tests/test_,batch_sharding.py checkpointing.py docs.py lra.py \

@@ -37,14 +37,17 @@ def collision_rates(rng, *, head_dim, hash_code_len, draws, hash_fn):
 @pytest.mark.parametrize("hash_fn", ["gaussian", "fast"])
 @pytest.mark.parametrize(("head_dim", "hash_code_len"), [(16, 8), (32, 9), (64, 9), (128, 11)])
 def test_collision_rate_is_the_expectation(hash_fn, head_dim, hash_code_len):
+    draws = 2000
     rate, error = collision_rates(
         jax.random.key(head_dim),
         head_dim=head_dim,
         hash_code_len=hash_code_len,
-        draws=2000,
+        draws=draws,
         hash_fn=hash_fn,
     )
     expected = (1 - ANGLES / np.pi) ** hash_code_len
+    # The spread of a handful of collisions is no measure of it; that of independent ones is known.
+    error = np.maximum(error, np.sqrt(expected / (32 * draws)))
     # Small heads have few distinct sign patterns: 2 % of structure is allowed for "fast".
     allowed = 4 * error + (0.02 * expected if hash_fn == "fast" else 0)
     assert np.all(np.abs(rate - expected) < allowed), (rate / expected, error / expected)

@@ -309,8 +309,8 @@ def test_kernels_lower_for_cuda(t, s, h, d, bits, bucket_bits, hashes, shifted):
 INTERPRETED = {
     # T, S, H, D, code bits, bucket bits, hashes, blocks that run at a time, masks, shifts
     "more-work-than-blocks": (150, 130, 16, 16, 6, 1, 2, 1, True, True),
-    "unequal-buckets-without-tokens": (70, 200, 64, 48, 9, 4, 1, 2, False, True),
-    "all-bits": (65, 65, 33, 20, 5, 5, 1, 1, True, False),
+    "unequal-buckets-without-tokens": (20, 200, 64, 48, 9, 3, 1, 2, False, True),
+    "all-bits": (65, 65, 33, 20, 3, 3, 1, 1, True, False),
 }
 
 

@@ -210,6 +210,7 @@ def test_lowers_for_cuda_under_transformations(on_any_machine, options):
     forward = lower(attend_so, *args).count("@mosaic_gpu")
     assert forward >= (1 if "num_hashes" in options else 3)
     assert lower(grad, *args).count("@mosaic_gpu") > forward
+
     def layers(query, key, value):
         def layer(x, rng):
             return x + attend_so(x, key, value, rng=rng), None

@@ -33,7 +33,7 @@ from yoso_jax.errors import ConfigError
 from yoso_jax.hashing import HashFn
 from yoso_jax.kernels.codes import BitLayout
 from yoso_jax.modeling import layers
-from yoso_jax.objective import HostBatch, Objective
+from yoso_jax.objective import Batch, HostBatch, Objective
 
 type Row = dict[str, Any]
 
@@ -87,7 +87,7 @@ def capture(
     calls: list[tuple[Any, ...]] = []
 
     def loss(
-        perturbations: list[Array], params: PyTree, batch: HostBatch, key: Array
+        perturbations: list[Array], params: PyTree, batch: Batch, key: Array
     ) -> tuple[Array, list[tuple[Any, ...]]]:
         calls.clear()
         model = nnx.merge(objective.make_graphdef(), params)
