@@ -5,8 +5,8 @@ A bit is set where its projection is greater than zero, so a zero vector has cod
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
@@ -171,7 +171,8 @@ def fast_hash_projection(
     3 P transforms a token. Projections within rounding of zero may differ in sign.
     """
     size = signs.shape[-1]
-    hash_index, bit = jnp.divmod(jnp.arange(num_hashes * hash_code_len), hash_code_len)
+    # Indices are of NumPy, so that nothing of them is left to compute.
+    hash_index, bit = np.divmod(np.arange(num_hashes * hash_code_len), hash_code_len)
     if bit_layout == "spread":
         part, dim = hash_index // size * hash_code_len + bit, hash_index % size
     else:
@@ -179,9 +180,18 @@ def fast_hash_projection(
         part, dim = hash_index // hashes, hash_index % hashes * hash_code_len + bit
     # Hadamard matrices are symmetric: a column of the product is its transpose applied to a unit
     # vector.
-    signs = jnp.take(signs.astype(jnp.float32), part, axis=-2)
-    columns = hadamard_transform(jax.nn.one_hot(dim, size))
+    signs = jnp.take(signs.astype(jnp.float32), part, axis=-2, mode="clip")
+    # What is multiplied are integers of up to `size`, which are exact in bfloat16 up to 256.
+    precision = lax.Precision.DEFAULT if size <= 256 else lax.Precision.HIGHEST
+    columns = _hadamard_rows(jnp.asarray(dim), size)
     for i in (2, 1):
-        columns = hadamard_transform(signs[..., i, :, :] * columns)
+        transform = _hadamard_rows(jnp.arange(size), size)
+        columns = jnp.matmul(signs[..., i, :, :] * columns, transform, precision=precision)
     columns = signs[..., 0, :, :] * columns
     return jnp.swapaxes(columns[..., :head_dim], -1, -2)
+
+
+def _hadamard_rows(rows: Int[Array, " n"], size: int) -> Float[Array, "n {size}"]:
+    """Rows of the Hadamard matrix of `hadamard_transform`, which XLA fuses into their use."""
+    odd = lax.population_count(rows[:, None] & jnp.arange(size)) & 1
+    return (1 - 2 * odd).astype(jnp.float32)

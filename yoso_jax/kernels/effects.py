@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 _TINY = 1e-24
+# That are added up first.
+_ROWS = 64
 
 
 def collision_scales(
@@ -122,8 +124,12 @@ def other_projection(
 
 def _mean(value: Array, key_mask: Array | None, dtype: jnp.dtype, power: int = 1) -> Array:
     """`[B, 1, N, D]`, of the keys that are not masked."""
-    count = jnp.asarray(value.shape[1], dtype)
+    batch, num_keys, *rest = value.shape
+    count = jnp.asarray(num_keys, dtype)
     if key_mask is not None:
         value = jnp.where(key_mask[..., None, None], value, 0)
         count = jnp.maximum(jnp.sum(key_mask, axis=1), 1).astype(dtype)[:, None, None, None]
-    return jnp.sum(value.astype(dtype) ** power, axis=1, keepdims=True) / count
+    # In two steps: XLA for GPUs has few threads for sums of many rows.
+    value = jnp.pad(value, [(0, 0), (0, -num_keys % _ROWS), (0, 0), (0, 0)])
+    parts = jnp.sum(value.astype(dtype).reshape(batch, -1, _ROWS, *rest) ** power, axis=2)
+    return jnp.sum(parts, axis=1, keepdims=True) / count
