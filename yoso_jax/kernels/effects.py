@@ -8,6 +8,7 @@ between the two, which docs/gradients.md derives.
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 _TINY = 1e-24
@@ -129,7 +130,7 @@ def _mean(value: Array, key_mask: Array | None, dtype: jnp.dtype, power: int = 1
     if key_mask is not None:
         value = jnp.where(key_mask[..., None, None], value, 0)
         count = jnp.maximum(jnp.sum(key_mask, axis=1), 1).astype(dtype)[:, None, None, None]
-    # In two steps: XLA for GPUs has few threads for sums of many rows.
+    # In two steps, which XLA would make one of: for GPUs it has few threads for many rows.
     value = jnp.pad(value, [(0, 0), (0, -num_keys % _ROWS), (0, 0), (0, 0)])
     parts = jnp.sum(value.astype(dtype).reshape(batch, -1, _ROWS, *rest) ** power, axis=2)
-    return jnp.sum(parts, axis=1, keepdims=True) / count
+    return jnp.sum(lax.optimization_barrier(parts), axis=1, keepdims=True) / count

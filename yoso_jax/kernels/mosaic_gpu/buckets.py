@@ -391,8 +391,8 @@ def means(
         interpret=interpret,
     )
     batch, num_tokens, heads, _ = queries.tokens.shape
-    count, total = jnp.moveaxis(sums, 2, 0).sum(1).reshape(2, batch, heads, num_tokens)
-    count, total = (jnp.swapaxes(x, 1, 2) for x in (count, total))
+    sums = jnp.sum(sums, axis=0).reshape(batch, heads, 2, num_tokens)
+    count, total = (jnp.swapaxes(sums[:, :, i], 1, 2) for i in range(2))
     if queries.mask is not None:  # nothing was stored for those
         count, total = (jnp.where(queries.mask[..., None], x, 0) for x in (count, total))
     return total / jnp.where(count > 0, count, 1), count / found.num_hashes
