@@ -84,10 +84,11 @@ class ExampleMaker:
                 "order_labels": np.array(label, np.int32),
                 "token_type_ids": types.astype(np.int32),
             }
-        ids = np.insert(tokens, before, special)
+        insert = _Insertion(tokens.size, before)
+        ids = insert(tokens, special)
         positions = choose_positions(
-            np.insert(tokens != vocabulary.eos, before, False),
-            np.insert(word_starts, before, True),
+            insert(tokens != vocabulary.eos, False),
+            insert(word_starts, True),
             self.masking,
             rng,
         )
@@ -120,6 +121,26 @@ def find_cut(
         if accepted.any():
             return int(rng.choice(cuts[accepted]))
     return None
+
+
+class _Insertion:
+    """Puts values before some of others, as `np.insert` does in ten times the time.
+
+    Args:
+      size: of those that there are.
+      before: which of them, ascending; `size` stands for the end.
+    """
+
+    def __init__(self, size: int, before: list[int]) -> None:
+        self._places = np.asarray(before) + np.arange(len(before))
+        self._stay = np.ones(size + len(before), np.bool_)
+        self._stay[self._places] = False
+
+    def __call__(self, values: np.ndarray, inserted: list[int] | bool) -> np.ndarray:
+        result = np.empty(self._stay.size, values.dtype)
+        result[self._stay] = values
+        result[self._places] = inserted
+        return result
 
 
 def _pad(values: np.ndarray, length: int, fill: int) -> Int32[np.ndarray, " length"]:

@@ -14,9 +14,10 @@ from yoso_jax.data.length_batches import LengthBatches
 Source = grain.sources.RandomAccessDataSource
 Batch = dict[str, np.ndarray]
 
-# Examples are small and already in memory or mapped: two threads hide the padding, and a short
-# queue keeps batches ready without holding hundreds of them.
-READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+# Examples are small and already in memory or mapped, and what is left to do is Python: a second
+# thread would wait for the first one, and both take half as long again. A short queue keeps batches
+# ready without holding hundreds of them.
+READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
 
 
 def make_iterator(
@@ -52,7 +53,7 @@ def make_iterator(
       shuffle: draw each epoch in its own random order.
       num_epochs: how often to go through `source`; None repeats it for ever.
       drop_remainder: drop a last batch that is not full, so that all shapes are equal.
-      num_workers: processes that prepare batches; 0 prepares them in threads of this one.
+      num_workers: processes that prepare batches; 0 prepares them in a thread of this one.
       start: number of the first batch, >= 0; those before it are not prepared.
       length_buckets: lengths to pad to instead of `max_length`, ascending up to it; batches without
         end, shuffled, are then those of `yoso_jax.data.length_batches`. The source must have
@@ -108,7 +109,7 @@ def iterate(
 ) -> grain.DatasetIterator[Batch]:
     """A resumable iterator of batches from number `start` on.
 
-    They are prepared by processes, or by threads if there are none.
+    They are prepared by processes, or by a thread if there are none.
     """
     if num_workers and not flags.FLAGS.is_parsed():
         # Grain's workers read absl flags, which only an absl.app program parses.
