@@ -152,8 +152,9 @@ def describe_training(name: str, report: dict[str, Any]) -> str:
     times = f", {' to '.join(dict.fromkeys((dates[0], dates[-1])))}" if dates else ""
     notes = "".join(f"; {note}" for note in notes)
     return (
-        f"{_table(headings, lines)}\nTest scores of the last step, one a seed in order of the "
-        f"seeds: perplexities, or accuracies and what else stands by the task in %{notes}. Trained "
+        f"{_table(headings, lines)}\nTest scores of the last step, or where it says so of the "
+        "checkpoint that is best in validation, one a seed in order of the seeds: perplexities, or "
+        f"accuracies and what else stands by the task in %{notes}. Trained "
         f"on {devices}{times}, collected by `scripts/report.py` "
         f"(`benchmarks/results/{name}.json`).\n"
     )
