@@ -9,7 +9,7 @@ PYTEST = -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # What depends most on JAX, Flax, Orbax and Grain themselves.
 NEWEST = $(addprefix tests/test_,batch_sharding.py checkpointing.py docs.py lra.py \
-	modeling_vectors.py mosaic_dispatch.py mosaic_hashing.py package.py pipeline.py transforms.py)
+	modeling_vectors.py mosaic_dispatch.py package.py pipeline.py transforms.py)
 
 export PYTHON EXTRAS
 

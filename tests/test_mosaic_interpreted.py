@@ -207,7 +207,7 @@ BACKWARD = {
         key_mask=prefix,
     ),
     "2-blocks-same-bits": dict(
-        blocks=2, bits=4, shape=(2, 140, 2, 80), num_keys=200, value_dim=32, deterministic=True
+        blocks=2, bits=4, shape=(1, 140, 2, 80), num_keys=200, value_dim=32, deterministic=True
     ),
 }
 
