@@ -221,3 +221,9 @@ def test_mistakes(
     config = make_config(GlueConfig("sst2"), "glue/SST-2", tokenizer=str(tokenizer), **changes)
     with pytest.raises(error, match=message):
         prepare(config)
+
+
+def test_a_missing_checkpoint_is_not_taken_for_a_missing_tokenizer(make_config: Any) -> None:
+    config = make_config(GlueConfig("sst2"), "glue/SST-2", init_from="/nowhere/model")
+    with pytest.raises(CheckpointError, match="init_from: there is no checkpoint /nowhere/model"):
+        prepare(config)

@@ -13,6 +13,7 @@ from run_helpers import fast_compilations, numbers, quiet_console, tiny_config
 import yoso_jax.trainer as trainer
 from yoso_jax.errors import ConfigError, NonFiniteError
 from yoso_jax.lra_objective import LRAObjective
+from yoso_jax.metrics import read_metrics
 from yoso_jax.optim import OptimizerConfig, make_optimizer
 from yoso_jax.sharding import make_layout
 from yoso_jax.train_config import TrainConfig
@@ -152,6 +153,18 @@ def test_events_and_a_trace_are_written(folder: Path) -> None:
     (events,) = Path(config.run_dir, "tensorboard").iterdir()
     assert b"valid/accuracy" in events.read_bytes()
     assert list(Path(config.run_dir, "profile").rglob("*.xplane.pb"))
+
+
+def test_a_run_too_short_for_a_trace_says_so_and_has_no_speed_of_what_compiles(
+    folder: Path,
+) -> None:
+    console, text = quiet_console()
+    config = tiny_config(folder, "short", steps=2, log_every=1)
+    trainer.train(config, profile=True, console=console)
+    assert "nothing was traced" in text.getvalue()
+    records = read_metrics(Path(config.run_dir, "metrics.jsonl"))
+    rates = ["steps_per_s" in record for record in records if record["split"] == "train"]
+    assert rates == [False, True]
 
 
 def test_missing_tensorboard_is_refused_before_anything_is_written(

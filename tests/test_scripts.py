@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from run_helpers import fast_compilations, numbers, tiny_config
 
 from yoso_jax.config_files import dump_config, load_config
 from yoso_jax.errors import ConfigError
+from yoso_jax.signals import sigterm_exits
 from yoso_jax.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -160,7 +162,7 @@ def test_bad_config_is_one_message_with_file_and_field(
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["a: [1", "- 1", "3", ""])
+@pytest.mark.parametrize("text", ["a: [1", "- 1", "3", "", "steps: 1\nsteps: 2"])
 def test_file_that_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
@@ -250,6 +252,8 @@ def test_evaluate_works_on_a_run_that_was_moved(
     ("script", "arguments", "code", "message"),
     [
         ("train.py", [], 2, "usage: train.py CONFIG.yaml"),
+        ("train.py", ["{config}", "--optimizer.learning-rate", "inf"], 2, "> 0 and finite"),
+        ("train.py", ["{config}", "--run-dir", "{config}"], 2, "run_dir must be a folder"),
         ("train.py", ["missing.yaml"], 2, "cannot read the configuration missing.yaml"),
         ("train.py", ["{config}", "--stepz", "3"], 2, "--stepz"),
         ("train.py", ["{config}", "--steps", "x"], 2, "--steps"),
@@ -281,6 +285,25 @@ def test_mistakes_end_with_one_message_and_an_exit_code(
     assert "Traceback" not in err
     assert out == ""
     assert sorted(folder.rglob("*")) == before
+
+
+def test_help_without_a_configuration(run: Run) -> None:
+    code, out, err = run("train.py", "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith("usage: train.py CONFIG.yaml")
+
+
+def test_sigterm_before_the_first_step_exits_with_0(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(SystemExit) as exit_,
+        sigterm_exits(),
+        tempfile.TemporaryDirectory(dir=tmp_path),
+    ):
+        signal.raise_signal(signal.SIGTERM)
+    assert exit_.value.code == 0
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_damaged_checkpoints_end_with_one_message(trained: TrainConfig, folder: Path) -> None:

@@ -157,6 +157,7 @@ def test_gradients_are_clipped_by_their_global_norm() -> None:
     [
         ("learning_rate", 0.0),
         ("learning_rate", math.nan),
+        ("learning_rate", math.inf),
         ("warmup_steps", -1),
         ("decay", "step"),
         ("end_factor", 1.5),
@@ -306,6 +307,9 @@ def test_resume_of_a_finished_run_can_extend_it(reference: TrainConfig) -> None:
     assert records[:-2] == numbers(reference.run_dir)
     assert [(r["step"], r["split"]) for r in records[-2:]] == [(12, "train"), (12, "valid")]
     assert load_config(Path(longer.run_dir) / "config.yaml") == longer
+    # A run that goes on has not ended: what tests gave before is kept aside.
+    before = Path(reference.run_dir, "results.json").read_bytes()
+    assert Path(longer.run_dir, "results-10.json").read_bytes() == before
 
 
 def test_run_killed_before_its_first_checkpoint_starts_again(

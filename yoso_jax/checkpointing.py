@@ -112,7 +112,7 @@ class Checkpoints:
 
         Args:
             step: a step, `"latest"` (the newest that can be read) or `"best"` (the one with the
-                highest score).
+                highest score, of equal ones the last).
             abstract: as in `restore_latest`; names left out are not loaded.
 
         Returns:
@@ -185,7 +185,8 @@ class Checkpoints:
     def _score(self, step: int) -> float | None:
         file = self.directory / str(step) / "metrics" / "metrics"
         try:
-            return json.loads(file.read_bytes())["score"] if file.exists() else None
+            score = json.loads(file.read_bytes())["score"] if file.exists() else None
+            return None if score is None else float(score)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._unreadable(step, error) from error
 
@@ -198,7 +199,9 @@ class Checkpoints:
 
     def _unreadable(self, step: int, error: BaseException) -> CheckpointError:
         cause = root_cause(error)
-        reason = textwrap.shorten(str(cause), 100, placeholder="...") or type(cause).__name__
+        # An error may say nothing but a number, or nothing at all.
+        text = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
+        reason = textwrap.shorten(text, 100, placeholder="...")
         return CheckpointError(
             f"the checkpoint of step {step} in {self.directory} cannot be read ({reason})"
         )

@@ -243,8 +243,11 @@ def _by_variant(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def _finished(run: Run) -> Row | None:
     """The row of a run that needs no more training: not one that is now to take more steps."""
     file = Path(run.config.run_dir) / ROW_FILE
-    row = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    if row is None or row["steps"] != run.config.steps:
+    try:
+        row = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    except ValueError:  # damaged, and made once more
+        row = None
+    if not isinstance(row, dict) or row.get("steps") != run.config.steps:
         return None
     return {**row, "run_dir": run.config.run_dir}  # it may have been moved
 
@@ -268,7 +271,8 @@ def _test(run: Run) -> Row:
         "test_loss": test["loss"],
         "test_accuracy": test["accuracy"],
         "majority_baseline": majority_baseline(objective.data.train, objective.data.test),
+        # None are of one step, which compiles.
         "steps_per_s": statistics.median(
-            record["steps_per_s"] for record in records if record["split"] == "train"
+            [record["steps_per_s"] for record in records if "steps_per_s" in record] or [0.0]
         ),
     }

@@ -16,6 +16,18 @@ from yoso_jax.run_config import FREE_ON_RESUME, RunConfig
 CONFIG_FILE = "config.yaml"
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a field that is there twice, of which YAML's own would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the field {twice[0]!r} is there twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | Path) -> RunConfig:
     """Reads a YAML file; its field `kind` (lra by default) says of what configuration.
 
@@ -24,7 +36,7 @@ def load_config(path: str | Path) -> RunConfig:
             out of range; the message names the file, the field and what is accepted.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

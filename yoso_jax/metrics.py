@@ -145,7 +145,10 @@ class Throughput:
         self._start += time.perf_counter() - before
 
     def read(self) -> dict[str, float]:
-        """The rates; counting starts anew."""
+        """The rates, of at least one step; counting starts anew."""
+        if not self._steps:
+            self.restart()
+            return {}
         seconds = max(time.perf_counter() - self._start, 1e-9)
         rates = {
             "steps_per_s": self._steps / seconds,

@@ -1,6 +1,7 @@
 """Learning-rate schedule, weight-decay mask and optimiser."""
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
@@ -41,7 +42,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         accepted = {
-            "learning_rate": (self.learning_rate > 0, "> 0"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "> 0 and finite"),
             "warmup_steps": (self.warmup_steps >= 0, ">= 0"),
             "decay": (self.decay in ("linear", "cosine"), "'linear' or 'cosine'"),
             "start_factor": (0 <= self.start_factor <= 1, "in [0, 1]"),

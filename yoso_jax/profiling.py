@@ -7,7 +7,10 @@ from pathlib import Path
 
 import jax
 
-_STEPS = range(10, 15)  # after the first, which compile
+FIRST_STEP = 10
+"""Of those that are traced: not the first ones, which compile."""
+
+_LAST_STEP = 14
 
 
 class Profiler:
@@ -19,6 +22,8 @@ class Profiler:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder, self._is_running = folder, False
+        self.has_traced = False
+        """Whether there is a trace, or one is being made."""
 
     def __enter__(self) -> "Profiler":
         return self
@@ -34,12 +39,12 @@ class Profiler:
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Around the step of this number, counted from 1."""
-        if self._folder is not None and number == _STEPS.start:
+        if self._folder is not None and number == FIRST_STEP:
             jax.profiler.start_trace(str(self._folder))
-            self._is_running = True
+            self._is_running = self.has_traced = True
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
-        if number == _STEPS.stop:
+        if number == _LAST_STEP:
             self._stop()
 
     def _stop(self) -> None:

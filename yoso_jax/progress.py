@@ -71,9 +71,10 @@ class TrainingProgress:
     def train(self, record: Mapping[str, Any]) -> None:
         """Shows one record of training metrics."""
         metrics = "".join(f"{name} {record[name]:.3f} " for name in ("loss", *self._metrics))
-        text = (
-            f"{metrics}{record['steps_per_s']:.1f} steps/s {record['tokens_per_s']:,.0f} tokens/s"
-        )
+        text = metrics.rstrip()
+        if "steps_per_s" in record:
+            rates = record["steps_per_s"], record["tokens_per_s"]
+            text += " {:.1f} steps/s {:,.0f} tokens/s".format(*rates)
         self._bar.update(self._task, text=text)
         if not self.console.is_terminal:
             now = time.monotonic()

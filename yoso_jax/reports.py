@@ -223,7 +223,7 @@ def _summarize(run: RunRecord) -> dict[str, str]:
         row[f"{split} loss"] = f"{records[-1]['loss']:.4g}"
         if (name := score_name(records[-1])) is not None:
             scored = [record for record in records if name in record]
-            best = max(scored, key=lambda record: record[name])
+            best = max(scored, key=lambda record: (record[name], record["step"]))
             row[f"{split} {name}"] = f"{records[-1][name]:.4g}"
             row[f"best {split} {name}"] = f"{best[name]:.4g} at {best['step']:,}"
     for name, value in run.results.items():

@@ -55,12 +55,13 @@ class RunConfig(Validated):
     keep_latest: int = 2
     """Checkpoints kept besides the best by validation, >= 1."""
     patience: int | None = None
-    """Validations in a row without a new best after which the run ends, >= 1; none: it does not."""
+    """Validations in a row without a new best after which the run ends, >= 1; None: it does not."""
     max_loss: float | None = None
-    """Mean training loss of a line of metrics above which the run ends as diverged, > 0; none: it
+    """Mean training loss of a line of metrics above which the run ends as diverged, > 0; None: it
     only ends where the loss or its gradient is not finite."""
     final_checkpoint: Literal["latest", "best"] = "latest"
-    """The parameters that are tested and kept in the end: the newest, or the best by validation."""
+    """The parameters that are tested and kept in the end: the newest, or the best by validation,
+    of equal ones the last."""
     tensorboard: bool = False
     """Whether metrics go to events for TensorBoard, in run_dir/tensorboard, too."""
 

@@ -35,11 +35,15 @@ def main(script: str, kinds: Sequence[str] = KINDS) -> None:
         script: name of the command.
         kinds: those it takes, see `yoso_jax.kinds`.
     """
+    usage = (
+        f"usage: {script} CONFIG.yaml [--field value ...] [--resume]\n"
+        f"({script} CONFIG.yaml --help lists the fields)"
+    )
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(usage)
+        return
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise ConfigError(
-            f"usage: {script} CONFIG.yaml [--field value ...] [--resume]\n"
-            f"({script} CONFIG.yaml --help lists the fields)"
-        )
+        raise ConfigError(usage)
     path, options = sys.argv[1], sys.argv[2:]
     config = load_config(path)
     if config.kind not in kinds:

@@ -38,11 +38,11 @@ from yoso_jax.metrics import (
 )
 from yoso_jax.objective import Evaluation, Objective
 from yoso_jax.optim import make_optimizer, make_schedule
-from yoso_jax.profiling import Profiler
+from yoso_jax.profiling import FIRST_STEP, Profiler
 from yoso_jax.progress import TrainingProgress
 from yoso_jax.run_config import RunConfig
 from yoso_jax.sharding import Layout, make_train_layout
-from yoso_jax.signals import StopSignals
+from yoso_jax.signals import StopSignals, sigterm_exits
 from yoso_jax.training import (
     State,
     abstract_state,
@@ -100,7 +100,8 @@ def train(
         if config.tensorboard:
             check_tensorboard()
         layout = make_train_layout(config)
-        objective = make_objective(config)
+        with sigterm_exits():
+            objective = make_objective(config)
         with checkpoints:
             return _train(objective, layout, checkpoints, resume, profile, console)
     except Exception as error:
@@ -150,6 +151,8 @@ def _train(
         if resume:
             progress.say(f"resuming {run_dir} from step {start}")
         scores = _scores(run_dir, objective.valid_splits[0], start)
+        if is_first and start < config.steps and not _is_over(scores, config.patience):
+            _set_results_aside(run_dir)
         throughput = Throughput()
         step = start
         while step < config.steps and not _is_over(scores, config.patience):
@@ -212,6 +215,8 @@ def _train(
                 return None
         checkpoints.wait()
         progress.stop()
+        if profile and not profiler.has_traced:
+            progress.say(f"nothing was traced: that starts with step {FIRST_STEP} of a run")
         if step < config.steps:
             progress.say(f"ended at step {step}: no new best in {config.patience} validations")
         return _finish(objective, layout, evaluation, step, evaluated_params(state), progress)
@@ -285,14 +290,25 @@ def _finish(
     return results
 
 
+def _set_results_aside(run_dir: Path) -> None:
+    """Renames what tests of an earlier end of the run gave, which goes on."""
+    file = run_dir / RESULTS_FILE
+    if file.exists():
+        try:
+            name = f"results-{json.loads(file.read_bytes())['step']}.json"
+        except (ValueError, KeyError, TypeError):
+            name = "results-damaged.json"
+        file.replace(run_dir / name)
+
+
 def _check_run_dir(run_dir: Path, config: RunConfig, resume: bool) -> None:
     saved = run_dir / CONFIG_FILE
     if not resume:
         # A run killed while it wrote its configuration is none yet.
         begun = {CONFIG_FILE + ".tmp"}
-        if run_dir.exists() and (
-            not run_dir.is_dir() or {path.name for path in run_dir.iterdir()} - begun
-        ):
+        if run_dir.exists() and not run_dir.is_dir():
+            raise ConfigError(f"run_dir must be a folder, {run_dir} is none")
+        if run_dir.exists() and {path.name for path in run_dir.iterdir()} - begun:
             raise ConfigError(
                 f"run_dir {run_dir} is not empty, and nothing in it is overwritten: "
                 "continue that run with --resume, or choose another --run-dir"
@@ -323,7 +339,7 @@ def _check_finite(bad_step: int, objective: Objective, checkpoints: Checkpoints)
         raise NonFiniteError(
             f"the loss or its gradient is not finite at step {bad_step}; "
             f"{_last_checkpoint(checkpoints)}. Its batch is in {_save_batch(objective, bad_step)}. "
-            "A lower optimizer.learning_rate or optimizer.clip_norm may help"
+            "In another run_dir a lower optimizer.learning_rate or optimizer.clip_norm may help"
         )
 
 

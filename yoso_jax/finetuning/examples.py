@@ -97,7 +97,8 @@ class RowGuard:
         except ValueError as error:
             if self._bad_rows == "error":
                 raise DataError(
-                    f"{self._path}, {place}: {error} (data.bad_rows: skip passes over such rows)"
+                    f"{self._path}, {place}: {error} (data.bad_rows: skip passes over such rows of "
+                    "training and validation data)"
                 ) from None
             self.skipped += 1
 

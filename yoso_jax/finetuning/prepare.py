@@ -43,11 +43,11 @@ def prepare(config: FinetuneConfig) -> Prepared:
             cannot be used.
         CheckpointError: the checkpoint is missing, or the model cannot be made of it.
     """
-    tokenizer = load_tokenizer(find_tokenizer(config))
     path = None if config.init_from is None else Path(config.init_from)
     checkpoint_config = None if config.init_config is None else Path(config.init_config)
     if path is not None and not path.exists():
-        raise CheckpointError(f"there is no checkpoint {path}")
+        raise CheckpointError(f"init_from: there is no checkpoint {path}")
+    tokenizer = load_tokenizer(find_tokenizer(config))
     known: tuple[str, ...] = ()
     has_types = False
     if path is not None:

@@ -38,7 +38,7 @@ def prepare(config: PretrainConfig) -> Prepared:
     """
     path = None if config.init_from is None else Path(config.init_from)
     if path is not None and not path.exists():
-        raise CheckpointError(f"there is no checkpoint {path}")
+        raise CheckpointError(f"init_from: there is no checkpoint {path}")
     text = config.data
     if path is not None and text.tokenizer is None:
         beside = path if path.is_dir() else path.parent
