@@ -61,7 +61,9 @@ def main() -> None:
     except OSError as error:
         raise (DiskFullError if is_disk_full(error) else ConfigError)(str(error)) from error
     headings, rows = summarize(runs)
-    table = Table(*headings)
+    table = Table()
+    for heading in headings:
+        table.add_column(heading, overflow="fold")  # names of runs may differ at their ends
     for cells in rows:
         table.add_row(*cells)
     console = Console(width=None if sys.stdout.isatty() else 160)
