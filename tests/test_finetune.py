@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,22 @@ def test_mistakes(
     config = make_config(GlueConfig("sst2"), "glue/SST-2", tokenizer=str(tokenizer), **changes)
     with pytest.raises(error, match=message):
         prepare(config)
+
+
+def test_a_run_that_ended_needs_its_start_no_more(
+    make_config: Any, pretrained: Path, tmp_path: Path
+) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(pretrained, start)
+    config = make_config(GlueConfig("sst2"), "glue/SST-2", init_from=str(start), steps=2)
+    train(config, console=quiet_console()[0])
+    vocabulary = prepare(config).tokenizer.get_vocab()
+    shutil.rmtree(start)
+    assert prepare(config).tokenizer.get_vocab() == vocabulary
+    results = train(dataclasses.replace(config, steps=4), resume=True, console=quiet_console()[0])
+    assert results is not None
+    assert results["step"] == 4
+    assert prepare(config).tokenizer.get_vocab() == vocabulary
 
 
 def test_a_missing_checkpoint_is_not_taken_for_a_missing_tokenizer(make_config: Any) -> None:

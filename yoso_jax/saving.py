@@ -23,7 +23,7 @@ def save_model(model: Any, tokenizer: Path, folder: Path) -> None:
 
     Args:
         model: see `PretrainedModel.save_pretrained`.
-        tokenizer: folder or file that it was read from, see `load_tokenizer`.
+        tokenizer: folder or file that it was read from, see `load_tokenizer`; perhaps `folder`.
         folder: made if there is none.
     """
     model.save_pretrained(folder)
@@ -34,5 +34,7 @@ def save_model(model: Any, tokenizer: Path, folder: Path) -> None:
     else:
         names = {tokenizer.name: "vocab.txt" if tokenizer.suffix == ".txt" else "tokenizer.json"}
     source = tokenizer if tokenizer.is_dir() else tokenizer.parent
+    if source.samefile(folder):
+        return
     for name, copy in names.items():
         shutil.copyfile(source / name, folder / copy)

@@ -16,6 +16,7 @@ from yoso_jax.conversion.plan import Plan
 from yoso_jax.conversion.positions import PositionExtension
 from yoso_jax.errors import CheckpointError, ConfigError
 from yoso_jax.modeling import YosoModel
+from yoso_jax.saving import MODEL_FOLDER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,23 @@ class Start:
         if self._plan is not None:
             model.yoso = self._plan.load(**options)
         return model
+
+
+def find_start(init_from: str | None, run_dir: str) -> Path | None:
+    """The checkpoint to start from, none if `init_from` is, or where it was moved the run's own.
+
+    A run that has ended keeps its model, with a tokenizer, and its parameters are in its own
+    checkpoints: it can be evaluated, and go on, without what it once started from.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    if init_from is None:
+        return None
+    path, own = Path(init_from), Path(run_dir) / MODEL_FOLDER
+    if not path.exists() and not own.is_dir():
+        raise CheckpointError(f"init_from: there is no checkpoint {path}")
+    return path if path.exists() else own
 
 
 def from_scratch(

@@ -6,12 +6,11 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from yoso_jax.data.tokenizer import load_tokenizer
-from yoso_jax.errors import CheckpointError
 from yoso_jax.finetuning.config import FinetuneConfig
 from yoso_jax.finetuning.encoding import TextEncoder
 from yoso_jax.finetuning.task import Task
 from yoso_jax.finetuning.tasks import TASKS, split_files
-from yoso_jax.starting import Start, from_checkpoint, from_scratch, read_config
+from yoso_jax.starting import Start, find_start, from_checkpoint, from_scratch, read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +42,8 @@ def prepare(config: FinetuneConfig) -> Prepared:
             cannot be used.
         CheckpointError: the checkpoint is missing, or the model cannot be made of it.
     """
-    path = None if config.init_from is None else Path(config.init_from)
+    path = find_start(config.init_from, config.run_dir)
     checkpoint_config = None if config.init_config is None else Path(config.init_config)
-    if path is not None and not path.exists():
-        raise CheckpointError(f"init_from: there is no checkpoint {path}")
     tokenizer = load_tokenizer(find_tokenizer(config))
     known: tuple[str, ...] = ()
     has_types = False
@@ -101,6 +98,6 @@ def find_tokenizer(config: FinetuneConfig) -> Path:
     """The folder or file of the run's tokenizer: its own, or that beside the checkpoint."""
     if config.tokenizer is not None:
         return Path(config.tokenizer)
-    assert config.init_from is not None  # one of them is given
-    path = Path(config.init_from)
+    path = find_start(config.init_from, config.run_dir)
+    assert path is not None  # one of them is given
     return path if path.is_dir() else path.parent

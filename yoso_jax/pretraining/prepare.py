@@ -6,10 +6,10 @@ from pathlib import Path
 from yoso_jax.data.corpus import load_mlm
 from yoso_jax.data.mlm import MLMData
 from yoso_jax.data.tokenizer import load_tokenizer
-from yoso_jax.errors import CheckpointError, ConfigError
+from yoso_jax.errors import ConfigError
 from yoso_jax.modeling import YosoForMaskedLM
 from yoso_jax.pretraining.config import PretrainConfig
-from yoso_jax.starting import Start, from_checkpoint, from_scratch
+from yoso_jax.starting import Start, find_start, from_checkpoint, from_scratch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,7 @@ def prepare(config: PretrainConfig) -> Prepared:
         DataError: a folder, a document or the tokenizer is missing or cannot be used.
         OSError: `data_dir` cannot be written.
     """
-    path = None if config.init_from is None else Path(config.init_from)
-    if path is not None and not path.exists():
-        raise CheckpointError(f"init_from: there is no checkpoint {path}")
+    path = find_start(config.init_from, config.run_dir)
     text = config.data
     if path is not None and text.tokenizer is None:
         beside = path if path.is_dir() else path.parent
